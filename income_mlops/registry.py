@@ -39,7 +39,7 @@ class Unknown(RegistryError):
 class Unreachable(RegistryError):
     "MLflow does not answer, or not as it should."
 
-# %% ../nbs/10_registry.ipynb #1b0dc11b
+# %% ../nbs/10_registry.ipynb #1c38f873
 def _sqlite_file(settings: Settings) -> Path | None:
     uri = settings.tracking_uri
     return Path(uri.removeprefix("sqlite:///")) if uri.startswith("sqlite:///") else None
@@ -59,9 +59,11 @@ def _asking(settings: Settings) -> Iterator[Any]:
 
 
 def be_impatient() -> None:
-    "Bound MLflow's waiting in this process (its defaults wait 14 minutes): for services that must notice an absence."
-    for name, value in (("TIMEOUT", "10"), ("MAX_RETRIES", "1"), ("BACKOFF_FACTOR", "1")):
-        os.environ.setdefault(f"MLFLOW_HTTP_REQUEST_{name}", value)
+    "For services: bound MLflow's waiting in this process (its defaults wait 14 minutes) and keep it quiet."
+    for name, value in (("HTTP_REQUEST_TIMEOUT", "10"), ("HTTP_REQUEST_MAX_RETRIES", "1"),
+                        ("HTTP_REQUEST_BACKOFF_FACTOR", "1"), ("ENABLE_ARTIFACTS_PROGRESS_BAR", "false"),
+                        ("DISABLE_TELEMETRY", "true")):
+        os.environ.setdefault(f"MLFLOW_{name}", value)
 
 # %% ../nbs/10_registry.ipynb #5dd33ed4
 NEWEST = "newest"  # set by every training, never followed by the API
@@ -159,7 +161,7 @@ def versions(
     with _asking(settings) as client:
         return _versions(client, settings, models)
 
-# %% ../nbs/10_registry.ipynb #b8f13b00
+# %% ../nbs/10_registry.ipynb #a1c8a80b
 def _known(client: Any, name: str, run_id: str) -> list[int]:
     found = _all(client.search_model_versions, f"run_id = '{run_id}'")
     return sorted(int(v.version) for v in found if v.name == name)
@@ -185,7 +187,9 @@ def _create(client: Any, name: str, run_id: str, model_uri: str, tags: dict[str,
         if e.error_code != "RESOURCE_ALREADY_EXISTS":
             raise
     model_id = _model_id(client, run_id, model_uri)
-    made = int(client.create_model_version(name, f"models:/{model_id}", run_id, tags, model_id=model_id).version)
+    # `models:/m-…` as a source would be looked up at the process' global tracking address
+    source = client.get_logged_model(model_id).artifact_location
+    made = int(client.create_model_version(name, source, run_id, tags, model_id=model_id).version)
     first = _known(client, name, run_id)[0]
     if first != made:  # somebody registered the same run at the same moment
         client.delete_model_version(name, str(made))
@@ -364,7 +368,7 @@ def withdraw(
         for a in spelled:
             client.delete_registered_model_alias(name, a)
 
-# %% ../nbs/10_registry.ipynb #92164c9e
+# %% ../nbs/10_registry.ipynb #e5c71e65
 def download(
     settings: Settings,
     version: Version,
@@ -384,10 +388,9 @@ def download_model(
 ) -> Path:
     "Copy the version's MLflow model into `folder/model`; its path."
     from mlflow.artifacts import download_artifacts
-    uri = settings.tracking_uri
-    with _asking(settings):
-        download_artifacts(artifact_uri=f"models:/{version.name}/{version.version}", dst_path=str(folder / "model"),
-                           tracking_uri=uri, registry_uri=uri)
+    with _asking(settings) as client:
+        uri = client.get_model_version_download_uri(version.name, str(version.version))
+        download_artifacts(artifact_uri=uri, dst_path=str(folder / "model"), tracking_uri=settings.tracking_uri)
     return folder / "model"
 
 
