@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Meters', 'EngineError', 'answer', 'Front']
 
-# %% ../nbs/13e_answers.ipynb #5b58a595
+# %% ../nbs/13e_answers.ipynb #12c95be3
 import asyncio
 import os
 from concurrent.futures import ThreadPoolExecutor
@@ -14,6 +14,7 @@ from typing import Any
 
 import msgspec
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector, generate_latest
+from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from .access import Guard
@@ -96,13 +97,17 @@ def answer(
                                 "probability": values[0] if single else values,
                                 "model_name": served.version.name, "model_version": served.version.version})
 
-# %% ../nbs/13e_answers.ipynb #c8e7bc0d
+# %% ../nbs/13e_answers.ipynb #9b01e4ce
 class _Reply(Exception):
     "An answer that is not a prediction."
 
     def __init__(self, status: int, detail: str, headers: tuple[tuple[bytes, bytes], ...] = ()):
         super().__init__(detail)
         self.status, self.headers = status, headers
+
+
+def _too_large(limit: int) -> str:
+    return f"the body is larger than serving.max_request_mb = {limit / 2**20:g}"
 
 
 async def _read(receive: Receive, limit: int) -> bytes:
@@ -119,8 +124,7 @@ async def _read(receive: Receive, limit: int) -> bytes:
     if message["type"] == "http.disconnect":
         raise _Reply(400, "the request ended before its body did")
     if len(body) > limit:
-        text = f"the body is larger than serving.max_request_mb = {limit / 2**20:g}"
-        raise _Reply(413, text, ((b"connection", b"close"),))
+        raise _Reply(413, _too_large(limit), ((b"connection", b"close"),))
     return body
 
 
@@ -129,7 +133,7 @@ async def _send(send: Send, status: int, body: bytes, headers: tuple[tuple[bytes
     await send({"type": "http.response.start", "status": status, "headers": lines})
     await send({"type": "http.response.body", "body": body})
 
-# %% ../nbs/13e_answers.ipynb #5f12781e
+# %% ../nbs/13e_answers.ipynb #c06d5650
 class Front:
     "ASGI middleware: checks and counts every request, answers predictions, hands on the rest."
 
@@ -179,7 +183,16 @@ class Front:
             return e.status, msgspec.json.encode({"detail": str(e)}), e.headers
 
     async def _hand_on(self, scope: Scope, receive: Receive, send: Send) -> tuple[int, str]:
-        status = 500
+        status, size = 500, 0
+        upload = any(k == b"content-type" and v.startswith(b"multipart/") for k, v in scope["headers"])
+
+        async def limited() -> Message:
+            nonlocal size
+            message = await receive()
+            size += len(message.get("body", b""))
+            if size > self._max_bytes:
+                raise HTTPException(413, _too_large(self._max_bytes), {"Connection": "close"})
+            return message
 
         async def counted(message: Message) -> None:
             nonlocal status
@@ -187,6 +200,7 @@ class Front:
                 status = message["status"]
             await send(message)
 
-        await self.app(scope, receive, counted)
+        # an upload has a limit of its own, and is not held in memory
+        await self.app(scope, receive if upload else limited, counted)
         # the route's pattern, not the address: names in addresses would make endless counters
         return status, getattr(scope.get("route"), "path", None) or "other"

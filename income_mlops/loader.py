@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['log', 'Key', 'wanted', 'State', 'Swapper', 'Loader']
 
-# %% ../nbs/13d_loader.ipynb #faec957c
+# %% ../nbs/13d_loader.ipynb #7eb3f896
 import logging
 import threading
 import time
@@ -13,14 +13,15 @@ from dataclasses import replace
 from datetime import UTC, datetime
 from typing import Any
 
-from . import registry
-from .registry import NEWEST, Choice, NoModel, RegistryError, Unreachable, Version
+from . import promotion, registry
+from .promotion import Choice
+from .registry import NEWEST, NoModel, RegistryError, Unreachable, Version
 from .served import Asked, NotServable, Record, Served, Store, load_served
 from .settings import Settings
 
 log = logging.getLogger(__name__)
 
-# %% ../nbs/13d_loader.ipynb #47f56cb7
+# %% ../nbs/13d_loader.ipynb #297547a2
 def wanted(
     settings: Settings,
     asked: Asked | None,  # what somebody chose by hand
@@ -30,8 +31,8 @@ def wanted(
     if asked and asked.alias == NEWEST and served:
         return None
     if asked:
-        return registry.choose(settings, asked.alias, asked.family)
-    choice = registry.choose(settings)
+        return promotion.choose(settings, asked.alias, asked.family)
+    choice = promotion.choose(settings)
     if not (choice.pinned and served) or (served.pinned and served.version.training == choice.version.training):
         return choice
     there = {(v.name, v.version, v.run_id) for v in registry.versions(settings)}
@@ -68,7 +69,7 @@ class State:
             log.warning("%s", error)
         self.last_error, self.failures = error, self.failures + 1
 
-# %% ../nbs/13d_loader.ipynb #d2fda00c
+# %% ../nbs/13d_loader.ipynb #8b06d05d
 class Swapper(State):
     "Replaces what is served, or leaves everything as it was."
 
@@ -91,7 +92,12 @@ class Swapper(State):
     def _load(self, choice: Choice) -> Served:
         version, key = choice.version, _key(choice.version)
         try:
-            return load_served(self.settings, choice, self._store.fetch(version), datetime.now(UTC))
+            if self._store.has(version):
+                try:
+                    return load_served(self.settings, choice, self._store.folder(version), datetime.now(UTC))
+                except NotServable as e:
+                    log.warning("the copy of %s version %s: %s", version.name, version.version, e)
+            return load_served(self.settings, choice, self._store.fetch(version, anew=True), datetime.now(UTC))
         except (NotServable, RegistryError, OSError) as e:
             times = self._refused.get(key, (0, 0.0))[0] + 1
             self._refused = {key: (times, time.monotonic() + min(5 * 2**times, 300))}
@@ -111,7 +117,7 @@ class Swapper(State):
         except NotServable as e:
             self._note(f"the copy of {record.choice.version.name} version {record.choice.version.version}: {e}")
 
-# %% ../nbs/13d_loader.ipynb #2dad6f46
+# %% ../nbs/13d_loader.ipynb #5bdf2893
 class Loader(Swapper):
     "Keeps `served` what the registry wants it to be, in a thread of its own."
 
@@ -179,6 +185,6 @@ class Loader(Swapper):
         "Serve an alias from now on. `Unknown`, `NoModel`, `Unreachable` or `NotServable` leave everything as it was."
         asked = Asked(alias=alias.lower(), family=family, by=by, setting=self.settings.serving.alias)
         with self._lock:
-            self._adopt(registry.choose(self.settings, alias, family), asked)
+            self._adopt(promotion.choose(self.settings, alias, family), asked)
             assert self.served is not None
             return self.served

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Engine', 'NotServable', 'PipelineEngine', 'Served', 'load_served', 'Asked', 'Record', 'Store']
 
-# %% ../nbs/13c_served.ipynb #6e4da95c
+# %% ../nbs/13c_served.ipynb #674e64c9
 import json
 import os
 import shutil
@@ -21,7 +21,8 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from . import registry
 from .data import Schema
-from .registry import Choice, Version
+from .promotion import Choice
+from .registry import Version
 from .requests import Columns, RequestModel, typical_row
 from .settings import Settings
 
@@ -122,7 +123,7 @@ def _engine(settings: Settings, schema: Schema, folder: Path) -> Engine:
         raise NotServable(f"{why}; serving.allow_pipeline = true serves its pipeline, which means unpickling it")
     return PipelineEngine(registry.load_pipeline(folder / "model"), schema, why)
 
-# %% ../nbs/13c_served.ipynb #9c494c3f
+# %% ../nbs/13c_served.ipynb #7231e772
 class Asked(BaseModel):
     "What somebody asked to be served, by hand."
     model_config = ConfigDict(frozen=True)
@@ -150,20 +151,26 @@ class Store:
     def folder(self, version: Version) -> Path:
         return self.root / f"{version.name}-{version.version}-{version.run_id[:8]}"
 
+    def has(self, version: Version) -> bool:
+        "Whether all files of the version are here."
+        folder = self.folder(version)
+        return folder.is_dir() and ((folder / "model").is_dir() or not self.settings.serving.allow_pipeline)
+
     def fetch(self,
         version: Version,
+        anew: bool = False,  # although it is here: it may be damaged
     ) -> Path:
         "The version's folder, downloaded if it is not here yet."
-        folder, pipeline = self.folder(version), self.settings.serving.allow_pipeline
-        if folder.is_dir() and ((folder / "model").is_dir() or not pipeline):
+        folder = self.folder(version)
+        if self.has(version) and not anew:
             return folder
         self.root.mkdir(parents=True, exist_ok=True)
         partial = Path(tempfile.mkdtemp(dir=self.root, prefix=".partial"))
         try:
             registry.download(self.settings, version, partial)
-            if pipeline:
+            if self.settings.serving.allow_pipeline:
                 registry.download_model(self.settings, version, partial)
-            if folder.is_dir():  # fetched without its pipeline
+            if folder.is_dir():
                 shutil.rmtree(folder)
             partial.rename(folder)
         finally:

@@ -113,7 +113,7 @@ def _handle_problems(app: FastAPI) -> None:
     app.add_exception_handler(NotServable, told(409))
     app.add_exception_handler(500, lambda _, e: JSONResponse({"detail": f"internal error: {type(e).__name__}"}, 500))
 
-# %% ../nbs/14_serving.ipynb #322bf4a7
+# %% ../nbs/14_serving.ipynb #b0229efb
 def _need(loader: Loader) -> Served:
     if loader.served is None:
         raise HTTPException(503, f"no model is served yet: {loader.reason}", {"Retry-After": "5"})
@@ -153,7 +153,7 @@ def _add_routes(app: FastAPI, settings: Settings, loader: Loader, meters: Meters
         served = (loader.served.version.name, loader.served.version.version) if loader.served else None
         return [{**v.model_dump(), "served": (v.name, v.version) == served} for v in registry.versions(settings)]
 
-    @app.post("/set_model", tags=["models"], max_body_size=65536)
+    @app.post("/set_model", tags=["models"])
     def post_set_model(body: SetModel, who: Writer) -> dict[str, Any]:
         "Serve an alias, and follow it, from now on. A model that cannot be loaded leaves the old one in service."
         return model_info(loader.set_model(body.alias, body.model, who), settings)

@@ -3,7 +3,7 @@ import threading
 import pytest
 from serving_helpers import Rows, copy_store, make_settings, train
 
-from income_mlops import registry
+from income_mlops import promotion, registry
 from income_mlops.registry import NoModel, RegistryError, Unknown, Unreachable
 
 
@@ -47,7 +47,7 @@ def test_another_experiment_is_not_seen(settings):
     other = settings.model_copy(update={"mlflow": settings.mlflow.model_copy(update={"experiment_name": "adult"})})
     assert registry.versions(other) == []
     with pytest.raises(NoModel, match="'adult'"):
-        registry.choose(other)
+        promotion.choose(other)
 
 
 def test_names_that_mlflow_refuses_are_mended(settings):
@@ -101,44 +101,44 @@ def test_a_run_without_a_model_cannot_be_registered(settings):
 
 
 def test_unset_alias_means_the_first_training_pinned(settings):
-    choice = registry.choose(settings)
+    choice = promotion.choose(settings)
     assert choice.pinned and (choice.version.family, choice.version.version) == ("XGBoost", 1), "0.30 < 0.31"
     assert choice.others == ()
 
 
 def test_the_best_of_several_bearers_is_chosen_and_the_others_named(settings):
-    registry.promote(settings, "RandomForest", 1, "production")
-    assert registry.choose(settings).version.family == "RandomForest"
+    promotion.promote(settings, "RandomForest", 1, "production")
+    assert promotion.choose(settings).version.family == "RandomForest"
     client(settings).set_registered_model_alias("adult-income.XGBoost", "PRODUCTION", "2")
-    choice = registry.choose(settings)
+    choice = promotion.choose(settings)
     assert (choice.version.family, choice.version.version) == ("XGBoost", 2) and not choice.pinned
     assert choice.others == ("adult-income.RandomForest version 1",)
     for family in ("randomforest", "ADULT-INCOME.RandomForest"):
-        assert registry.choose(settings, "Production", family).version.family == "RandomForest"
+        assert promotion.choose(settings, "Production", family).version.family == "RandomForest"
 
 
 def test_the_exact_spelling_of_an_alias_wins(settings):
     c = client(settings)
     c.set_registered_model_alias("adult-income.XGBoost", "Production", "2")
     c.set_registered_model_alias("adult-income.XGBoost", "production", "1")
-    assert registry.choose(settings).version.version == 1
-    registry.promote(settings, "XGBoost", 2, "production")
+    assert promotion.choose(settings).version.version == 1
+    promotion.promote(settings, "XGBoost", 2, "production")
     assert registry.aliases(settings)["adult-income.XGBoost"] == {"newest": 2, "production": 2}
 
 
 def test_promote_and_revert_leave_a_trace(settings):
-    first = registry.promote(settings, "xgboost", 1, "Staging", by="ann")
+    first = promotion.promote(settings, "xgboost", 1, "Staging", by="ann")
     assert first.aliases == ("staging",) and first.tags["staging.by"] == "ann" and first.tags["staging.at"]
-    registry.promote(settings, "XGBoost", "NEWEST", "staging", by="bob")
-    now = registry.choose(settings, "staging").version
+    promotion.promote(settings, "XGBoost", "NEWEST", "staging", by="bob")
+    now = promotion.choose(settings, "staging").version
     assert (now.version, now.tags["staging.by"], now.tags["staging.replaced"]) == (2, "bob", "1")
-    back = registry.revert(settings, "staging", by="eve")
+    back = promotion.revert(settings, "staging", by="eve")
     assert (back.version, back.tags["staging.by"]) == (1, "eve")
     with pytest.raises(RegistryError, match="nothing to go back to"):
-        registry.revert(settings, "staging")
-    registry.withdraw(settings, "XGBoost", "STAGING")
+        promotion.revert(settings, "staging")
+    promotion.withdraw(settings, "XGBoost", "STAGING")
     with pytest.raises(Unknown, match="known aliases: newest"):
-        registry.choose(settings, "staging")
+        promotion.choose(settings, "staging")
 
 
 @pytest.mark.parametrize(("family", "version", "alias", "words"), [
@@ -151,7 +151,7 @@ def test_promote_and_revert_leave_a_trace(settings):
 ])
 def test_wrong_promotions_say_what_is_known(settings, family, version, alias, words):
     with pytest.raises(RegistryError, match=words) as e:
-        registry.promote(settings, family, version, alias)
+        promotion.promote(settings, family, version, alias)
     assert "\n" not in str(e.value)
 
 
@@ -168,7 +168,7 @@ def test_looking_into_an_empty_place_creates_nothing(tmp_path):
     settings = make_settings(tmp_path)
     assert registry.versions(settings) == []
     with pytest.raises(NoModel):
-        registry.choose(settings)
+        promotion.choose(settings)
     assert not settings.state.exists()
 
 
@@ -177,7 +177,7 @@ def test_an_absent_server_is_one_line_and_soon(tmp_path, monkeypatch):
         monkeypatch.setenv(f"MLFLOW_HTTP_REQUEST_{name}", value)
     settings = make_settings(tmp_path, "http://127.0.0.1:9")
     with pytest.raises(Unreachable) as e:
-        registry.choose(settings)
+        promotion.choose(settings)
     assert "\n" not in str(e.value) and str(e.value).startswith("MLflow: ")
 
 

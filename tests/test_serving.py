@@ -1,5 +1,6 @@
 import json
 import math
+import os
 import shutil
 import socket
 import subprocess
@@ -12,7 +13,9 @@ import pytest
 from serving_helpers import Api, MlflowServer, Rows, copy_store, make_settings, train, wait_for
 from starlette.testclient import TestClient
 
-from income_mlops import registry
+from income_mlops import promotion, registry
+from income_mlops.data import Column, Schema
+from income_mlops.requests import BadRequest, RequestModel, body_schema, typical_row
 from income_mlops.serving import ServingError, create_app, serve
 from income_mlops.settings import load_settings
 
@@ -179,7 +182,9 @@ def test_a_body_is_not_read_past_the_limit(shared):
             sent += 100_000
             yield b" " * 100_000
 
-    assert shared.client.post("/predict", content=endless()).status_code == 413
+    for path in ("/predict", "/set_model"):
+        sent = 0
+        assert shared.client.post(path, content=endless(), headers=shared.key).status_code == 413
 
 
 def test_other_methods_and_addresses(shared):
@@ -205,6 +210,24 @@ def test_an_engine_that_fails_is_a_500_and_is_counted(app, rows):
     assert 'api_requests_total{route="/predict",status="500"} 1.0' in app.client.get("/metrics").text
 
 
+def test_fields_of_any_name_and_truth_values():
+    names = ["class", "1 x", "a.b`c", "data", "f0", "ümlaut", "$.x[0]"]
+    columns = (*(Column(name=n, kind="number") for n in names),
+               Column(name="flag", kind="category", categories=("true", "false")))
+    model = RequestModel(Schema(columns=columns, target="y", classes=("0", "1")))
+    row = {**{n: i for i, n in enumerate(names)}, "flag": True}
+    decoded, single = model.decode(json.dumps({"data": row}).encode())
+    assert single and [decoded[n][0] for n in names] == list(range(len(names))) and decoded["flag"] == ["true"]
+    decoded, single = model.decode(json.dumps({"data": [row, {**row, "flag": "false"}, {**row, "flag": None}]}).encode())
+    assert not single and decoded["flag"] == ["true", "false", None] and model.unknown(decoded) == {}
+    for name in names:
+        with pytest.raises(BadRequest) as e:
+            model.decode(json.dumps({"data": {**row, name: "x"}}).encode())
+        assert str(e.value) == f'data.{name}: expected a number or null, got the text "x"'
+    assert model.decode(json.dumps({"data": typical_row(model.schema)}).encode())[1]
+    assert body_schema(model.schema)["examples"][0]["data"]["flag"] == "true"
+
+
 # --- what is told
 
 
@@ -212,7 +235,8 @@ def test_model_info_health_ready_and_schema(shared, rows):
     info = shared.client.get("/model_info").json()
     assert info == shared.client.get("/model-info").json()
     assert (info["family"], info["model_version"], info["alias"], info["pinned"]) == ("XGBoost", 1, "production", True)
-    assert info["engine"] == "pipeline" and "compiled" in info["engine_reason"] and info["metrics"]["cv_log_loss"] == 0.3
+    assert info["engine"] == "pipeline" and "compiled" in info["engine_reason"]
+    assert info["metrics"]["cv_log_loss"] == 0.3
     assert info["dataset"] == "d1" and datetime.fromisoformat(info["since"]).tzinfo
     health = shared.client.get("/health").json()
     assert health["ready"] and health["mlflow"]["reachable"] and health["last_error"] is None
@@ -302,12 +326,13 @@ def test_writing_needs_the_key(shared):
     ({"alias": "production", "modle": "XGBoost"}, 422, "modle"), (b"{", 422, "JSON"), (b"", 422, "body"),
     ({"alias": "nobody"}, 404, "known aliases: newest"),
     ({"alias": "newest", "model": "Forest"}, 404, "known models: RandomForest, XGBoost"),
-    ({"alias": "a" * 300}, 422, "alias"), (b'{"alias": "' + b"a" * 70_000 + b'"}', 413, ""),
+    ({"alias": "a" * 300}, 422, "alias"), (b'{"alias": "' + b"a" * 600_000 + b'"}', 413, "serving.max"),
     ({"alias": "newest", "model": "XGBoost"}, 409, "XGBoost version 3 cannot be served"),
 ])
 def test_set_model_refuses_and_leaves_the_old_one(shared, body, status, words):
     content = body if isinstance(body, bytes) else json.dumps(body).encode()
-    reply = shared.client.post("/set_model", content=content, headers={**shared.key, "Content-Type": "application/json"})
+    headers = {**shared.key, "Content-Type": "application/json"}
+    reply = shared.client.post("/set_model", content=content, headers=headers)
     assert reply.status_code == status and words in reply.json()["detail"], reply.text
     assert shared.serving("XGBoost", 1)
 
@@ -319,18 +344,18 @@ def test_the_alias_is_followed_and_taking_it_away_changes_nothing(app, rows, exp
     def ask():
         reply = app.client.post("/predict", json={"data": rows.requests[7]}).json()
         return reply["model_name"].rpartition(".")[2], reply["model_version"], reply["probability"]
-    registry.promote(app.settings, "XGBoost", 2, "Production")
+    promotion.promote(app.settings, "XGBoost", 2, "Production")
     wait_for(lambda: app.serving("XGBoost", 2))
     assert ask() == ("XGBoost", 2, pytest.approx(expected["XGBoost", 2][7], abs=1e-12))
-    registry.promote(app.settings, "RandomForest", 1, "production")
+    promotion.promote(app.settings, "RandomForest", 1, "production")
     wait_for(lambda: app.loader.served.others == ("adult-income.RandomForest version 1",))
     assert app.client.get("/model_info").json()["others"] == ["adult-income.RandomForest version 1"]
-    registry.withdraw(app.settings, "XGBoost", "production")
+    promotion.withdraw(app.settings, "XGBoost", "production")
     wait_for(lambda: app.serving("RandomForest", 1))
-    registry.withdraw(app.settings, "RandomForest", "production")
+    promotion.withdraw(app.settings, "RandomForest", "production")
     wait_for(lambda: app.loader.served.pinned)
     assert app.serving("RandomForest", 1), "nobody asked for another one"
-    registry.promote(app.settings, "XGBoost", 1, "production")
+    promotion.promote(app.settings, "XGBoost", 1, "production")
     wait_for(lambda: app.serving("XGBoost", 1))
     assert not app.loader.served.pinned and app.loader.last_error is None
 
@@ -356,19 +381,19 @@ def test_a_later_training_is_not_served_but_a_better_sibling_of_the_first_is(tem
 
 
 def test_set_model_by_hand_is_followed_and_survives_a_restart_until_the_setting_changes(app, template):
-    registry.promote(app.settings, "RandomForest", 1, "staging")
-    registry.promote(app.settings, "XGBoost", 1, "staging")
+    promotion.promote(app.settings, "RandomForest", 1, "staging")
+    promotion.promote(app.settings, "XGBoost", 1, "staging")
     reply = app.client.post("/set_model", json={"alias": "STAGING", "model": "randomforest"}, headers=app.key)
     assert reply.status_code == 200 and reply.json()["family"] == "RandomForest"
     assert reply.json()["chosen_by"].startswith("api_key from")
-    registry.promote(app.settings, "XGBoost", 2, "production")
+    promotion.promote(app.settings, "XGBoost", 2, "production")
     time.sleep(0.6)
     assert app.serving("RandomForest", 1), "production is not followed now"
     app.client.post("/set_model", json={"alias": "staging"}, headers=app.key)
     assert app.serving("XGBoost", 1)
-    registry.promote(app.settings, "XGBoost", 2, "staging")
+    promotion.promote(app.settings, "XGBoost", 2, "staging")
     wait_for(lambda: app.serving("XGBoost", 2), what="the alias that was set by hand")
-    registry.promote(app.settings, "XGBoost", 1, "staging")
+    promotion.promote(app.settings, "XGBoost", 1, "staging")
     wait_for(lambda: app.serving("XGBoost", 1))
     app.loader.stop()
     with start(app.settings) as client:  # a restart
@@ -401,7 +426,7 @@ def test_without_following_the_alias_is_asked_once(template, tmp_path):
     with start(settings) as client:
         app = Served(settings, client)
         wait_for(lambda: app.serving("XGBoost", 1))
-        registry.promote(settings, "XGBoost", 2, "production")
+        promotion.promote(settings, "XGBoost", 2, "production")
         time.sleep(0.6)
         assert app.serving("XGBoost", 1)
         app.loader.stop()
@@ -411,7 +436,7 @@ def test_without_following_the_alias_is_asked_once(template, tmp_path):
 
 
 def test_a_version_that_cannot_be_loaded_is_refused(app, rows):
-    registry.promote(app.settings, "XGBoost", 3, "production")
+    promotion.promote(app.settings, "XGBoost", 3, "production")
     wait_for(lambda: app.loader.last_error)
     assert "XGBoost version 3 cannot be served" in app.loader.last_error
     assert "still serving adult-income.XGBoost version 1" in app.client.get("/health").json()["last_error"]
@@ -420,7 +445,7 @@ def test_a_version_that_cannot_be_loaded_is_refused(app, rows):
     failures = app.loader.failures
     time.sleep(1)
     assert app.loader.failures == failures, "not tried again at every look"
-    registry.promote(app.settings, "XGBoost", 2, "production")
+    promotion.promote(app.settings, "XGBoost", 2, "production")
     wait_for(lambda: app.serving("XGBoost", 2))
     assert app.loader.last_error is None
 
@@ -433,23 +458,36 @@ def test_a_pipeline_is_not_unpickled_where_that_is_not_allowed(template, tmp_pat
         assert not list(settings.state.glob("served/*/model"))
 
 
-def test_a_damaged_copy_is_fetched_again_and_abandoned_pieces_go(app):
+def test_a_damaged_copy_is_fetched_again_and_abandoned_pieces_go(app, rows):
     store = app.loader._store
     app.loader.stop()
-    folder = store.folder(app.loader.served.version)
-    (folder / "serving" / "schema.json").write_text("{")
-    (store.root / ".partial-old").mkdir()
+    damaged = store.folder(app.loader.served.version) / "serving" / "schema.json"
+    damaged.write_text("{")
+    abandoned, going_on = store.root / ".partial-old", store.root / ".partial-new"
+    abandoned.mkdir()
+    going_on.mkdir()
+    os.utime(abandoned, (0, 0))
     with start(app.settings) as client:
-        error = wait_for(lambda: client.app.state.loader.last_error or client.app.state.loader.served)
-        assert "the copy of adult-income.XGBoost version 1" in str(error)
+        again = Served(app.settings, client)
+        wait_for(lambda: again.serving("XGBoost", 1))
+        assert damaged.read_text() == rows.schema.model_dump_json()
+        wait_for(lambda: not abandoned.exists())
+        assert going_on.exists() and again.loader.last_error is None
+
+
+def test_a_copy_of_another_experiment_or_of_a_vanished_registry_is_not_served(app):
+    app.loader.stop()
+    mlflow = app.settings.mlflow.model_copy(update={"experiment_name": "other"})
+    with start(app.settings.model_copy(update={"mlflow": mlflow})) as client:
+        wait_for(lambda: "'other'" in client.get("/health").json()["reason"])
 
 
 # --- swaps
 
 
 def test_every_answer_during_swaps_is_one_models(app, rows, expected):
-    registry.promote(app.settings, "XGBoost", 1, "production")
-    registry.promote(app.settings, "XGBoost", 2, "staging")
+    promotion.promote(app.settings, "XGBoost", 1, "production")
+    promotion.promote(app.settings, "XGBoost", 2, "staging")
     sent, data = list(range(5)), rows.requests[:5]
     wrong, answers, done = [], {1: 0, 2: 0}, threading.Event()
 
@@ -511,7 +549,7 @@ def test_its_life_with_a_real_mlflow_server(tmp_path, rows, expected):
             train(settings, rows, {"XGBoost": 0.30, "RandomForest": 0.31})
             wait_for(lambda: api.serving("XGBoost", 1), what="the first model, without a restart")
             train(settings, rows, {"XGBoost": 0.005})
-            registry.promote(settings, "XGBoost", 2, "production")
+            promotion.promote(settings, "XGBoost", 2, "production")
             begin = time.monotonic()
             wait_for(lambda: api.serving("XGBoost", 2), what="the alias that a person moved")
             assert time.monotonic() - begin < 5
