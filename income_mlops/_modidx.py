@@ -88,6 +88,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                        'income_mlops.registry._known': ('registry.html#_known', 'income_mlops/registry.py'),
                                        'income_mlops.registry._model_id': ('registry.html#_model_id', 'income_mlops/registry.py'),
                                        'income_mlops.registry._runs': ('registry.html#_runs', 'income_mlops/registry.py'),
+                                       'income_mlops.registry._set_newest': ('registry.html#_set_newest', 'income_mlops/registry.py'),
                                        'income_mlops.registry._sqlite_file': ('registry.html#_sqlite_file', 'income_mlops/registry.py'),
                                        'income_mlops.registry.aliases': ('registry.html#aliases', 'income_mlops/registry.py'),
                                        'income_mlops.registry.asking': ('registry.html#asking', 'income_mlops/registry.py'),
