@@ -96,7 +96,7 @@ def learn_schema(
     named = (columns.target, *columns.features, *columns.ignored)
     for name in named:
         if name not in table.columns:
-            raise DataError(f"no column {name!r} in the data, which settings name; it has {', '.join(table.columns)}", name)
+            raise DataError(f"settings name column {name!r}; the data has {', '.join(table.columns)}", name)
     features = columns.features or [c for c in table.columns if c != columns.target and c not in columns.ignored]
     if both := {columns.target, *columns.ignored} & set(features):
         raise DataError(f"column {min(both)!r} is both a feature and the target or an ignored column", min(both))
@@ -204,7 +204,7 @@ def scan_table(
         if nested:
             raise DataError(f"{path.name}: column {nested[0]!r} holds nested values; expected plain ones", nested[0])
         text = [n for n, t in frame.collect_schema().items() if t == pl.String]
-        return frame.with_columns(pl.col(text).replace({m: None for m in missing})) if missing and text else frame
+        return frame.with_columns(pl.col(text).replace(dict.fromkeys(missing))) if missing and text else frame
     _sniff(path)
     names = _header(path)
     known = {k: v for k, v in (types or {}).items() if k in names}
@@ -254,7 +254,7 @@ def conform(
         if column.name in table.columns:
             series = table[column.name]
             if series.dtype == pl.String and schema.missing:
-                series = series.replace({m: None for m in schema.missing})
+                series = series.replace(dict.fromkeys(schema.missing))
             out.append(_as_numbers(series, where) if column.kind == "number" else series.cast(pl.String))
         elif column.name in schema.ignored:
             kind: Any = pl.Float64 if column.kind == "number" else pl.String
@@ -280,7 +280,8 @@ def _canonical(table: pl.DataFrame) -> Iterator[bytes]:
              bool((s.is_null() | ((s == s.floor()) & (s.abs() < 2**53))).all())]
     yield ("\x1f".join(table.columns) + "\n").encode()
     for part in table.iter_slices(50_000):
-        yield part.with_columns(pl.col(whole).cast(pl.Int64)).write_csv(include_header=False, null_value="\x00").encode()
+        part = part.with_columns(pl.col(whole).cast(pl.Int64))
+        yield part.write_csv(include_header=False, null_value="\x00").encode()
 
 
 def digest(
