@@ -154,7 +154,7 @@ def train(models: str | None, trials: int | None, timeout: float | None, seed: i
             return
         trials = trials or settings.optimization.initial_n_trials
     from income_mlops.pipelines import train as run
-    done = run(settings, models=names, n_trials=trials, timeout=timeout, seed=seed, dataset=dataset)
+    done = run(settings, names or (), trials, timeout, seed, dataset or "")
     click.echo(f"trained: run {done.run_id}")
 
 # %% ../nbs/18_cli.ipynb #8aa0761e
