@@ -147,7 +147,7 @@ def tune(
     candidate.tuned = tuned
     return tuned
 
-# %% ../nbs/13_training.ipynb #fba42538
+# %% ../nbs/13_training.ipynb #24121ae7
 def evaluate(
     trainer: Trainer,
     candidate: Candidate,
@@ -158,7 +158,7 @@ def evaluate(
     candidate.pipeline = candidate.model.fit(trainer.X, trainer.y, tuned.params, tuned.rounds)
     holdout = trainer.dataset.holdout
     X, y = to_frame(holdout, schema), to_labels(holdout, schema)
-    p = candidate.probabilities = candidate.pipeline.predict_proba(X)[:, 1]
+    p = candidate.probabilities = candidate.pipeline.predict_proba(X)[:, 1].astype(np.float64)
     first, threshold = trainer.dataset.manifest.original_holdout_rows, trainer.settings.serving.threshold
     result = candidate.evaluation = {
         "family": candidate.name, "dataset": trainer.dataset.id, "threshold": threshold,

@@ -82,14 +82,14 @@ class Growth:
     patience: int = 0
     "End a trial when the loss has not improved for so many rounds; 0: never."
 
-# %% ../nbs/08_tuning.ipynb #2594b25d
+# %% ../nbs/08_tuning.ipynb #81db614b
 def score(
     trial: optuna.trial.BaseTrial,
     learners: Sequence[Learner],  # one per fold
     growth: Growth,
     pool: ThreadPoolExecutor,
 ) -> float:
-    "Cross-validated log loss of one trial, the folds growing side by side. Sets the trial's best `rounds`, if it has patience."
+    "Cross-validated log loss of a trial whose folds grow side by side. With patience it sets the trial's `rounds`."
     curve = np.empty(0)
     for stage in range(growth.stages):
         losses = list(pool.map(lambda learner: learner.advance(), learners))
