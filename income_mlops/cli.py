@@ -153,7 +153,7 @@ def train(models: str | None, trials: int | None, timeout: float | None, seed: i
             click.echo(f"there is one: {known[0].family} version {known[0].version}")
             return
         trials = trials or settings.optimization.initial_n_trials
-    from income_mlops.training import train as run
+    from income_mlops.pipelines import train as run
     done = run(settings, models=names, n_trials=trials, timeout=timeout, seed=seed, dataset=dataset)
     click.echo(f"trained: run {done.run_id}")
 
