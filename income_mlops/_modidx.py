@@ -15,6 +15,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
             'income_mlops.cli': { 'income_mlops.cli.Commands': ('cli.html#commands', 'income_mlops/cli.py'),
                                   'income_mlops.cli.Commands.list_commands': ('cli.html#commands.list_commands', 'income_mlops/cli.py'),
                                   'income_mlops.cli.Commands.main': ('cli.html#commands.main', 'income_mlops/cli.py'),
+                                  'income_mlops.cli._code': ('cli.html#_code', 'income_mlops/cli.py'),
                                   'income_mlops.cli._fail': ('cli.html#_fail', 'income_mlops/cli.py'),
                                   'income_mlops.cli._message': ('cli.html#_message', 'income_mlops/cli.py'),
                                   'income_mlops.cli._quiet': ('cli.html#_quiet', 'income_mlops/cli.py'),
