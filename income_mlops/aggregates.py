@@ -52,7 +52,7 @@ def heavy_hitters(
     cut = order[bound][1]
     return {level: n - cut for level, n in order[:bound] if n > cut}, cut
 
-# %% ../nbs/03_aggregates.ipynb #ebf77cc7
+# %% ../nbs/03_aggregates.ipynb #6c505698
 Moments = tuple[float, float, float, float]
 "Mean and the sums of the second, third and fourth powers about it."
 
@@ -61,9 +61,10 @@ def moments_of(values: NDArray[np.float64], weights: NDArray[np.float64]) -> Mom
     "Moments of weighted values; zeros if there are none."
     if not len(values):
         return (0.0, 0.0, 0.0, 0.0)
-    mean = float(np.average(values, weights=weights))
+    mean = float(weights @ values / weights.sum())
     d = values - mean
-    return (mean, *(float(weights @ d**k) for k in (2, 3, 4)))  # type: ignore[return-value]
+    square = d * d
+    return mean, float(weights @ square), float(weights @ (square * d)), float(weights @ (square * square))
 
 
 def add_moments(na: int, a: Moments, nb: int, b: Moments) -> Moments:

@@ -24,7 +24,7 @@ from .settings import Columns
 MAX_ASSOCIATED = 50  # columns whose pairs are looked at
 ASSOCIATION_ROWS = 65_536  # rows of a batch whose associations are summed
 
-# %% ../nbs/03_profile.ipynb #bf214343
+# %% ../nbs/03_profile.ipynb #52541bca
 class Profile(BaseModel):
     "A table, condensed: serialisable as JSON and mergeable."
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -65,7 +65,7 @@ class Profile(BaseModel):
         "Association of each pair of the associated columns, in the order of the columns."
         place = {c: i for i, c in enumerate(self.names)}
         found = {tuple(sorted(p, key=place.__getitem__)): a for p, a in self.sums.pairs().items()}
-        return {(a, b): found[a, b] for a, b in sorted(found, key=lambda p: (place[p[0]], place[p[1]]))}  # type: ignore[index]
+        return {(a, b): found[a, b] for a, b in sorted(found, key=lambda p: (place[p[0]], place[p[1]]))}
 
     def association(self, a: str, b: str) -> Association | None:
         "Association of two columns, in any order."
@@ -165,7 +165,7 @@ class Profiler:
             self._associated = _most_associated(frame, usable, levels, target)
         return associate(frame.select(c for c in self._associated if c in usable), levels)
 
-# %% ../nbs/03_profile.ipynb #8a1aa70d
+# %% ../nbs/03_profile.ipynb #7c729f88
 def hash_rows(
     frame: pl.DataFrame,  # from `plain`
     names: list[str] | None = None,  # columns to hash; default: all
@@ -174,7 +174,9 @@ def hash_rows(
     return frame.select(sorted(frame.columns if names is None else names)).hash_rows(seed=17)
 
 
-def _most_associated(frame: pl.DataFrame, usable: list[str], levels: dict[str, list[str]], target: str | None) -> list[str]:
+def _most_associated(
+    frame: pl.DataFrame, usable: list[str], levels: dict[str, list[str]], target: str | None,
+) -> list[str]:
     "All columns of an ordinary table; of a wide one the target and those most tied to it."
     if len(usable) <= MAX_ASSOCIATED or target not in usable:
         return usable[:MAX_ASSOCIATED]
