@@ -63,7 +63,7 @@ def _route(x: Codes, tree: list[Split]) -> Codes:
         node = 2 * node + right[node, x[np.arange(len(x)), column[node]]]
     return node
 
-# %% ../nbs/05_domain.ipynb #07785a5e
+# %% ../nbs/05_domain.ipynb #b7e7662a
 def _fit(x: Codes, y: Floats, category: NDArray[np.bool_]) -> tuple[list[Tree], Floats]:
     "Boosted trees for `y` in 0 and 1, and the gain of each column."
     n, p = x.shape
@@ -75,8 +75,9 @@ def _fit(x: Codes, y: Floats, category: NDArray[np.bool_]) -> tuple[list[Tree], 
         node, splits = np.zeros(n, np.intp), []
         for level in range(DEPTH):
             index = (flat + node[:, None] * (BINS * p)).ravel()
-            sums = [np.bincount(index, np.repeat(v, p), 2**level * p * BINS).reshape(-1, p, BINS) for v in (g, h)]
-            split, gain = _best_split(sums[0], sums[1], category)
+            size = 2**level * p * BINS
+            sum_g, sum_h = (np.bincount(index, np.repeat(v, p), size).astype(float).reshape(-1, p, BINS) for v in (g, h))
+            split, gain = _best_split(sum_g, sum_h, category)
             np.add.at(gains, split[0], gain)
             node = 2 * node + split[1][node, x[np.arange(n), split[0][node]]]
             splits.append(split)

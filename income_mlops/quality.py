@@ -78,7 +78,7 @@ def _ranges(a: ColumnProfile, b: ColumnProfile, t: Drift) -> Iterator[Finding]:
                           advice="Look at these rows; clip the column if they are mistakes.",
                           code=f"table = table.with_columns(pl.col({a.name!r}).clip({fences[0]:g}, {fences[1]:g}))")
 
-# %% ../nbs/04_quality.ipynb #c0b36bf5
+# %% ../nbs/04_quality.ipynb #0a7a5e07
 def _categories(a: ColumnProfile, b: ColumnProfile, t: Drift, target: bool) -> Iterator[Finding]:
     counts = dict(zip(map(str, b.values), b.counts, strict=True))
     spelled = respelled(a, b)
@@ -93,24 +93,24 @@ def _categories(a: ColumnProfile, b: ColumnProfile, t: Drift, target: bool) -> I
         share = sum(counts[v] for v in names) / b.present
         if not names:
             continue
-        level = grade(share, t.novel_warning, t.novel_error) or "info"
+        level = "error" if target else grade(share, t.novel_warning, t.novel_error) or "info"
         rules = {v: spelled.get(v) for v in names[:20]}
-        yield Finding(check=check, column=name, severity="error" if target else level, old=sorted(levels)[:50], new={v: counts[v] for v in names[:50]},
+        yield Finding(check=check, column=name, severity=level, old=sorted(levels)[:50], new={v: counts[v] for v in names[:50]},
                       message=f"{percent(share)} of '{name}' are {what}: {listed(names)}.", advice=advice,
                       code=f"table = table.with_columns(pl.col({name!r}).replace({rules}))" if check != "categories_added" else "")
     grown = b.padded / b.present - a.padded / a.present
-    if (level := grade(grown, t.padded_warning)) and not any(v != v.strip() for v in spelled):
-        yield Finding(check="encoding", column=name, severity=level, old=a.padded, new=b.padded,
+    if grown >= t.padded_warning and not any(v != v.strip() for v in spelled):
+        yield Finding(check="encoding", column=name, severity="warning", old=a.padded, new=b.padded,
                       message=f"{b.padded} values of '{name}' begin or end with a blank.", advice="Strip the blanks.",
                       code=f"table = table.with_columns(pl.col({name!r}).str.strip_chars())")
     gone = {str(v): n for v, n in zip(a.values, a.counts, strict=True) if v not in counts}
     if gone and b.exact and not target:
         expected = b.present * sum(gone.values()) / a.present
-        level = "warning" if np.exp(-expected) < t.significance and expected / b.present >= t.padded_warning else None
-        yield Finding(check="categories_removed", column=name, severity=level or "info", old=dict(list(gone.items())[:50]), new={},
+        missed = bool(np.exp(-expected) < t.significance) and expected / b.present >= t.novel_warning
+        yield Finding(check="categories_removed", column=name, severity="warning" if missed else "info", old=dict(list(gone.items())[:50]), new={},
                       message=f"No longer seen in '{name}': {listed(list(gone))}"
-                              + (f", though {expected:.0f} would be expected." if level else "; they were rare."),
-                      advice="Check whether they were left out on purpose." if level else "Nothing to do.")
+                              + (f", though {expected:.0f} would be expected." if missed else "; they were rare."),
+                      advice="Check whether they were left out on purpose." if missed else "Nothing to do.")
 
 # %% ../nbs/04_quality.ipynb #de42f079
 def quality(
