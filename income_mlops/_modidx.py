@@ -77,6 +77,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                      'income_mlops.checks.is_among': ('checks.html#is_among', 'income_mlops/checks.py'),
                                      'income_mlops.checks.pairs': ('checks.html#pairs', 'income_mlops/checks.py')},
             'income_mlops.columns': { 'income_mlops.columns.ColumnProfile': ('columns.html#columnprofile', 'income_mlops/columns.py'),
+                                      'income_mlops.columns.ColumnProfile._points': ( 'columns.html#columnprofile._points',
+                                                                                      'income_mlops/columns.py'),
                                       'income_mlops.columns.ColumnProfile.constant': ( 'columns.html#columnprofile.constant',
                                                                                        'income_mlops/columns.py'),
                                       'income_mlops.columns.ColumnProfile.distinct': ( 'columns.html#columnprofile.distinct',

@@ -82,7 +82,7 @@ class Associations(BaseModel):
             out[self.categories[i], self.categories[j]] = Association(measure="cramers_v", value=value, rows=sum(cells))
         return {names: a for names, a in out.items() if np.isfinite(a.value)}
 
-# %% ../nbs/03_associations.ipynb #2d252666
+# %% ../nbs/03_associations.ipynb #e4d31854
 def _bucket(level: str) -> int:
     return zlib.crc32(level.encode()) % LEVELS
 
@@ -97,9 +97,9 @@ def _codes(series: pl.Series, levels: Sequence[str]) -> NDArray[np.int64]:
     return codes.fill_null(width).to_numpy()
 
 
-def _linear(x: Floats, there: Floats, shift: Floats) -> list[tuple[float, ...]]:
+def _linear(x: Floats, squares: Floats, there: Floats, shift: Floats) -> list[tuple[float, ...]]:
     "Pairwise complete co-moments of the columns of `x` (rows × numbers, shifted, 0 where missing)."
-    n, s, ss, xy = there.T @ there, x.T @ there, (x * x).T @ there, x.T @ x
+    n, s, ss, xy = there.T @ there, x.T @ there, squares.T @ there, x.T @ x
     out = []
     for i, j in combinations(range(x.shape[1]), 2):
         k = max(n[i, j], 1.0)
@@ -108,7 +108,7 @@ def _linear(x: Floats, there: Floats, shift: Floats) -> list[tuple[float, ...]]:
     return [tuple(float(v) for v in p) for p in out]
 
 
-def _grouped(codes: NDArray[np.int64], width: int, x: Floats, there: Floats, shift: Floats) -> list[Grouped]:
+def _grouped(codes: NDArray[np.int64], width: int, x: Floats, squares: Floats, there: Floats, shift: Floats) -> list[Grouped]:
     "Sums of each number by the levels of one category."
     out, absent = [], np.flatnonzero(codes == width)
     everywhere = np.bincount(codes, minlength=width + 1)[:width].astype(float)
@@ -117,12 +117,12 @@ def _grouped(codes: NDArray[np.int64], width: int, x: Floats, there: Floats, shi
         n = everywhere if known.all() else np.bincount(codes, known, width + 1)[:width]
         s = np.bincount(codes, number, width + 1)[:width]
         rows, total = max(n.sum(), 1.0), s.sum()
-        square = float(number @ number - number[absent] @ number[absent])
+        square = float(squares[:, j].sum() - squares[absent, j].sum())
         mean = np.divide(s, n, out=np.zeros(width), where=n > 0) + shift[j]
         out.append((float(shift[j] + total / rows), float(square - total**2 / rows), tuple(n.tolist()), tuple(mean.tolist())))
     return out
 
-# %% ../nbs/03_associations.ipynb #90097c97
+# %% ../nbs/03_associations.ipynb #49fef6e1
 def associate(
     frame: pl.DataFrame,  # (n rows) numbers as Float64, categories as String
     levels: Mapping[str, Sequence[str]],  # every level of each category to associate; numbers are taken from the frame
@@ -135,9 +135,10 @@ def associate(
     raw = np.where(there > 0, raw, 0.0)
     shift = raw.sum(0) / np.maximum(there.sum(0), 1)
     x = np.asfortranarray((raw - shift) * there)  # about the mean: large values do not cancel
+    squares = x * x
     codes = [_codes(frame[c], sorted(levels[c])) for c in categories]
     width = [min(len(levels[c]), LEVELS) for c in categories]
-    grouped = [g for i in range(len(categories)) for g in _grouped(codes[i], width[i], x, there, shift)]
+    grouped = [g for i in range(len(categories)) for g in _grouped(codes[i], width[i], x, squares, there, shift)]
     tables = []
     for i, j in combinations(range(len(categories)), 2):
         size = (width[i] + 1) * (width[j] + 1)
@@ -145,7 +146,7 @@ def associate(
         tables.append(tuple(cells[:-1, :-1].ravel().tolist()))
     kept = tuple(tuple(sorted(levels[c])) if len(levels[c]) <= LEVELS else () for c in categories)
     return Associations(numbers=tuple(numbers), categories=tuple(categories), levels=kept,
-                        linear=tuple(_linear(x, there, shift)), grouped=tuple(grouped), tables=tuple(tables))
+                        linear=tuple(_linear(x, squares, there, shift)), grouped=tuple(grouped), tables=tuple(tables))
 
 # %% ../nbs/03_associations.ipynb #f7c78cd4
 def _axis(a: tuple[str, ...], b: tuple[str, ...]) -> tuple[tuple[str, ...], list[NDArray[np.int64]]]:
