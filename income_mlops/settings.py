@@ -33,7 +33,7 @@ Share = Annotated[float, Field(ge=0, le=1)]
 Seconds = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Count = Annotated[int, Field(ge=1)]
 
-# %% ../nbs/00_settings.ipynb #b49fa5f8
+# %% ../nbs/00_settings.ipynb #ac4e78bf
 class Paths(Section):
     state: Path = Path("var")
     "Everything a running system writes: MLflow's database and artifacts, dataset versions, the queue."
@@ -66,12 +66,12 @@ class Dataset(Section):
 
 
 class Preparation(Section):
-    rare_share: Annotated[float, Field(ge=0, lt=0.5)] = 0.002
+    rare_share: Annotated[float, Field(ge=0, lt=0.5)] = 0.01
     "Levels of a category rarer than this share of the training rows are grouped."
     drop_redundant: bool = True
     "Drop a column that another one determines one to one."
 
-# %% ../nbs/00_settings.ipynb #9a6f7bf1
+# %% ../nbs/00_settings.ipynb #a747b6c1
 class Optimization(Section):
     n_trials: Count = 30
     initial_n_trials: Count = 3
@@ -93,6 +93,8 @@ class Runs(Section):
     "Seconds a whole notebook may take."
     heartbeat: Seconds = 5
     "Seconds between two signs of life."
+    end_timeout: Seconds = 60
+    "Seconds to try telling MLflow that a notebook has ended, while it does not answer."
 
 # %% ../nbs/00_settings.ipynb #94eafc72
 class Drift(Section):
