@@ -132,12 +132,12 @@ class ColumnProfile(BaseModel):
         values, weights = self.points()
         return np.histogram(values, np.asarray(edges, float), weights=weights)[0].astype(float)
 
-# %% ../nbs/03_columns.ipynb #e5f90e39
+# %% ../nbs/03_columns.ipynb #92a9f29f
 def plain(
     frame: pl.DataFrame,
     missing: Sequence[str] = (),  # texts that mean a missing value
 ) -> pl.DataFrame:
-    "The frame with numbers as Float64, everything else as String, missing values as null."
+    "The frame with numbers (and durations, in seconds) as Float64, everything else as String, missing values as null."
     out: list[pl.Expr] = []
     for name, dtype in frame.schema.items():
         c = pl.col(name)
@@ -147,6 +147,8 @@ def plain(
             out.append(c.cast(pl.Float64).fill_nan(None) + 0.0)  # -0.0 is 0.0
         elif dtype == pl.String:
             out.append(c.replace(dict.fromkeys(missing)) if missing else c)
+        elif dtype == pl.Duration:
+            out.append(c.dt.total_microseconds() / 1e6)
         elif dtype == pl.Binary:
             out.append(c.bin.encode("hex"))
         else:
