@@ -19,7 +19,7 @@ from .aggregates import (Moments, add_moments, distinct_estimate, heavy_hitters,
                                      pack_sketch, smallest, unpack, unpack_sketch)
 from .data import DataError
 
-# %% ../nbs/03_columns.ipynb #9c7c1ec8
+# %% ../nbs/03_columns.ipynb #fcf63de7
 class ColumnProfile(BaseModel):
     "One column of one table, condensed. Merge two with `merge_columns`."
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -114,9 +114,10 @@ class ColumnProfile(BaseModel):
             return np.empty(0), np.empty(0)
         if self.exact:
             return np.array(self.values, float), np.array(self.counts, float)
-        pairs = np.array(list(unpack_sketch(self.sketch)), float)
-        pairs = pairs[np.argsort(pairs[:, 0], kind="stable")]
-        return pairs[:, 0], pairs[:, 1] * (self.present / pairs[:, 1].sum())
+        sketch = unpack_sketch(self.sketch)
+        values = np.unique([value for value, _ in sketch])  # their weights are wrong after a merge (datasketches 5.2)
+        cumulative = np.array(sketch.get_cdf(values.tolist(), True)[:-1])
+        return values, np.diff(cumulative, prepend=0.0) * self.present
 
     def quantiles(self, q: Sequence[float]) -> list[float]:
         "The smallest values at or below which a share `q` of the values lies (inverted distribution function)."

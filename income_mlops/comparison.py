@@ -71,13 +71,13 @@ def wasserstein(a: Points, b: Points) -> float:
     grid, f, g = _cumulative(a, b)
     return float(np.abs(f - g)[:-1] @ np.diff(grid))
 
-# %% ../nbs/04_comparison.ipynb #d7deb3c8
+# %% ../nbs/04_comparison.ipynb #78b082e4
 def chi2_tail(
     x: float,  # chi² statistic
     dof: int,  # degrees of freedom, at least 1
 ) -> float:
     "Probability that chi² is `x` or more."
-    if x <= 0:
+    if x < 1e-300:
         return 1.0
     half, odd = x / 2, dof % 2
     start = math.erfc(math.sqrt(half)) if odd else 0.0
