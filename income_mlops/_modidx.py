@@ -542,6 +542,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                         'income_mlops.relations._changed': ('relations.html#_changed', 'income_mlops/relations.py'),
                                         'income_mlops.relations._redundant': ('relations.html#_redundant', 'income_mlops/relations.py'),
                                         'income_mlops.relations._target_ties': ('relations.html#_target_ties', 'income_mlops/relations.py'),
+                                        'income_mlops.relations._tied': ('relations.html#_tied', 'income_mlops/relations.py'),
                                         'income_mlops.relations.changed_pairs': ( 'relations.html#changed_pairs',
                                                                                   'income_mlops/relations.py'),
                                         'income_mlops.relations.relations': ('relations.html#relations', 'income_mlops/relations.py')},

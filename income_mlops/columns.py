@@ -19,7 +19,7 @@ from .aggregates import (Moments, add_moments, distinct_estimate, heavy_hitters,
                                      pack_sketch, smallest, unpack, unpack_sketch)
 from .data import DataError
 
-# %% ../nbs/03_columns.ipynb #9c7c1ec8
+# %% ../nbs/03_columns.ipynb #fcf63de7
 class ColumnProfile(BaseModel):
     "One column of one table, condensed. Merge two with `merge_columns`."
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -114,9 +114,10 @@ class ColumnProfile(BaseModel):
             return np.empty(0), np.empty(0)
         if self.exact:
             return np.array(self.values, float), np.array(self.counts, float)
-        pairs = np.array(list(unpack_sketch(self.sketch)), float)
-        pairs = pairs[np.argsort(pairs[:, 0], kind="stable")]
-        return pairs[:, 0], pairs[:, 1] * (self.present / pairs[:, 1].sum())
+        sketch = unpack_sketch(self.sketch)
+        values = np.unique([value for value, _ in sketch])  # their weights are wrong after a merge (datasketches 5.2)
+        cumulative = np.array(sketch.get_cdf(values.tolist(), True)[:-1])
+        return values, np.diff(cumulative, prepend=0.0) * self.present
 
     def quantiles(self, q: Sequence[float]) -> list[float]:
         "The smallest values at or below which a share `q` of the values lies (inverted distribution function)."
@@ -132,12 +133,12 @@ class ColumnProfile(BaseModel):
         values, weights = self.points()
         return np.histogram(values, np.asarray(edges, float), weights=weights)[0].astype(float)
 
-# %% ../nbs/03_columns.ipynb #e5f90e39
+# %% ../nbs/03_columns.ipynb #92a9f29f
 def plain(
     frame: pl.DataFrame,
     missing: Sequence[str] = (),  # texts that mean a missing value
 ) -> pl.DataFrame:
-    "The frame with numbers as Float64, everything else as String, missing values as null."
+    "The frame with numbers (and durations, in seconds) as Float64, everything else as String, missing values as null."
     out: list[pl.Expr] = []
     for name, dtype in frame.schema.items():
         c = pl.col(name)
@@ -147,6 +148,8 @@ def plain(
             out.append(c.cast(pl.Float64).fill_nan(None) + 0.0)  # -0.0 is 0.0
         elif dtype == pl.String:
             out.append(c.replace(dict.fromkeys(missing)) if missing else c)
+        elif dtype == pl.Duration:
+            out.append(c.dt.total_microseconds() / 1e6)
         elif dtype == pl.Binary:
             out.append(c.bin.encode("hex"))
         else:

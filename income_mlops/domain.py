@@ -93,7 +93,7 @@ def auc(y: Floats, score: Floats) -> float:
     ones, zeros = np.bincount(at, y), np.bincount(at, 1 - y)
     return float((ones * (np.cumsum(zeros) - zeros / 2)).sum() / (ones.sum() * zeros.sum()))
 
-# %% ../nbs/05_domain.ipynb #c1941506
+# %% ../nbs/05_domain.ipynb #866dac86
 class Domain(BaseModel):
     "How well old and new rows can be told apart."
     model_config = ConfigDict(frozen=True)
@@ -145,7 +145,8 @@ def domain_findings(domain: Domain | None, thresholds: Drift | None = None) -> l
     if domain is None or domain.auc < t.domain_warning or domain.low <= 0.5:
         return []
     telling = [c for c, share in domain.columns if share >= 0.05]
-    return [Finding(check="domain_classifier", column=telling[0] if telling else None, severity="warning", old=0.5, new=round(domain.auc, 4),
+    return [Finding(check="domain_classifier", column=None, severity="warning", old={"auc": 0.5},
+                    new={"auc": round(domain.auc, 4), "columns": dict(domain.columns[:10])},
                     message=f"A small model tells new rows from old ones with an AUC of {domain.auc:.2f} "
                             f"({domain.low:.2f} – {domain.high:.2f}), mostly by {listed(telling)}.",
                     advice="Look at these columns together: the change may lie in how they combine.")]

@@ -196,7 +196,7 @@ def _explained(old: Profile, new: Profile, found: dict[str, ColumnDrift], t: Dri
                           message=f"'{x}' looks multiplied by {factor:g}: another unit?", advice="Convert it back.",
                           code=f"table = table.with_columns(pl.col({x!r}) / {factor:g})")
 
-# %% ../nbs/04_drift.ipynb #536bfeb6
+# %% ../nbs/04_drift.ipynb #7b38334f
 def _target(a: ColumnProfile, b: ColumnProfile, t: Drift) -> Iterator[Finding]:
     name = a.name
     if b.missing:
@@ -212,7 +212,7 @@ def _target(a: ColumnProfile, b: ColumnProfile, t: Drift) -> Iterator[Finding]:
         return
     read = _read_generously(a, b) if a.kind == "category" else b
     d = compare_columns(a, read if read.present else b)
-    level = grade(d.effect, t.target_warning, t.target_error)
+    level = grade(d.effect - d.noise, t.target_warning, t.target_error)
     if level and d.p_value < t.significance:
         shares: list[dict[str, Any]] = []
         for c in (a, b):
@@ -226,8 +226,8 @@ def _target(a: ColumnProfile, b: ColumnProfile, t: Drift) -> Iterator[Finding]:
 
 def _features(found: dict[str, ColumnDrift], t: Drift) -> Iterator[Finding]:
     for d in found.values():
-        effect = d.effect - d.error
-        level = grade(effect, t.distance_warning, t.distance_error) or ("warning" if d.psi >= t.psi_warning else None)
+        level = grade(d.effect - d.error - d.noise, t.distance_warning, t.distance_error)
+        level = level or ("warning" if d.psi - d.psi_noise >= t.psi_warning else None)
         if level and d.p_value < t.significance:
             what = "Kolmogorov–Smirnov" if d.kind == "number" else "total variation"
             evidence = [{k: round(s, 5) for k, s in zip(d.labels, shares, strict=True)} for shares in (d.old, d.new)]

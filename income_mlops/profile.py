@@ -165,13 +165,14 @@ class Profiler:
             self._associated = _most_associated(frame, usable, levels, target)
         return associate(frame.select(c for c in self._associated if c in usable), levels)
 
-# %% ../nbs/03_profile.ipynb #7c729f88
+# %% ../nbs/03_profile.ipynb #0a78d28f
 def hash_rows(
     frame: pl.DataFrame,  # from `plain`
     names: list[str] | None = None,  # columns to hash; default: all
 ) -> pl.Series:
     "A 64-bit hash per row, whatever the order of the columns. Stable within one version of polars."
-    return frame.select(sorted(frame.columns if names is None else names)).hash_rows(seed=17)
+    chosen = frame.select(sorted(frame.columns if names is None else names))
+    return chosen.hash_rows(seed=17) if chosen.width else pl.repeat(0, frame.height, dtype=pl.UInt64, eager=True)
 
 
 def _most_associated(
