@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['Words', 'Port', 'Share', 'Seconds', 'Count', 'ENV_PREFIX', 'FILE_VARIABLE', 'Section', 'Paths', 'Columns', 'Dataset',
-           'Preparation', 'Optimization', 'Runs', 'MLflow', 'Serving', 'Dashboard', 'Docs', 'Settings', 'SettingsError',
-           'find_settings', 'load_settings', 'effective']
+           'Preparation', 'Optimization', 'Runs', 'Drift', 'MLflow', 'Serving', 'Dashboard', 'Docs', 'Settings',
+           'SettingsError', 'find_settings', 'load_settings', 'effective']
 
 # %% ../nbs/00_settings.ipynb #395e0695
 import os
@@ -96,6 +96,47 @@ class Runs(Section):
     end_timeout: Seconds = 60
     "Seconds to try telling MLflow that a notebook has ended, while it does not answer."
 
+# %% ../nbs/00_settings.ipynb #94eafc72
+class Drift(Section):
+    distance_warning: Share = 0.1
+    "Kolmogorov–Smirnov (numbers) or total variation (categories) of a feature's old and new distribution: warning."
+    distance_error: Share = 0.5
+    "The same: error. Half of the values would have to change."
+    psi_warning: Annotated[float, Field(gt=0)] = 0.25
+    "Population stability index: warning. Customary: 0.1 moderate, 0.25 major."
+    target_warning: Share = 0.05
+    "Total variation of the target's distribution (two classes: change of the share): warning."
+    target_error: Share = 0.25
+    significance: Annotated[float, Field(gt=0, lt=1)] = 0.001
+    "A distance counts only if chance would give one as large less often than this."
+    outside_warning: Share = 0.001
+    "Share of a number's values outside the old range: warning."
+    outside_error: Share = 0.1
+    novel_warning: Share = 0.001
+    "Share of a category's values in levels never seen before: warning."
+    novel_error: Share = 0.25
+    missing_warning: Share = 0.05
+    "Growth of the share of missing values: warning."
+    missing_error: Share = 0.5
+    outlier_warning: Share = 0.01
+    "Growth of the share of values far outside the old quartiles (three times their distance): warning."
+    association_warning: Share = 0.1
+    "Change of the association of two columns: warning."
+    tied: Share = 0.95
+    "Association from which two columns say nearly the same."
+    imbalance: Share = 0.95
+    "Share of one value from which a column says little."
+    padded_warning: Share = 0.001
+    "Growth of the share of texts with leading or trailing blanks: warning."
+    duplicates_warning: Share = 0.01
+    "Growth of the share of repeated rows, and share of rows already in training: warning."
+    conflict_warning: Share = 0.05
+    "Growth of the share of pairs of rows with equal features that differ in the target: warning."
+    domain_warning: Annotated[float, Field(ge=0.5, le=1)] = 0.6
+    "Area under the ROC curve of a small model that tells old rows from new: warning."
+    domain_rows: Annotated[int, Field(ge=100)] = 5_000
+    "Rows of either table that this model sees at most."
+
 # %% ../nbs/00_settings.ipynb #8053a9c8
 class MLflow(Section):
     tracking_uri: str = ""
@@ -128,7 +169,7 @@ class Docs(Section):
     host: str = "127.0.0.1"
     port: Port = 8000
 
-# %% ../nbs/00_settings.ipynb #f89b19b4
+# %% ../nbs/00_settings.ipynb #03d6a3eb
 class Settings(Section):
     "Effective settings of one project folder."
     root: Path
@@ -141,6 +182,7 @@ class Settings(Section):
     preparation: Preparation = Preparation()
     optimization: Optimization = Optimization()
     runs: Runs = Runs()
+    drift: Drift = Drift()
     mlflow: MLflow = MLflow()
     serving: Serving = Serving()
     dashboard: Dashboard = Dashboard()
