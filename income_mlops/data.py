@@ -87,7 +87,7 @@ def _learn_column(series: pl.Series) -> Column:
     counts = series.drop_nulls().cast(pl.String).value_counts().sort(["count", name], descending=[True, False])
     return Column(name=name, kind="category", categories=tuple(counts[name].head(MAX_CATEGORIES)), missing=missing)
 
-# %% ../nbs/01_data.ipynb #831509ac
+# %% ../nbs/01_data.ipynb #a60927bc
 def learn_schema(
     table: pl.DataFrame,  # a table with its target
     columns: Columns,  # what settings say of it
@@ -96,7 +96,8 @@ def learn_schema(
     named = (columns.target, *columns.features, *columns.ignored)
     for name in named:
         if name not in table.columns:
-            raise DataError(f"no column {name!r} in the data, which settings name; it has {', '.join(table.columns)}", name)
+            has = ", ".join(table.columns)
+            raise DataError(f"no column {name!r} in the data, which settings name; it has {has}", name)
     features = columns.features or [c for c in table.columns if c != columns.target and c not in columns.ignored]
     if both := {columns.target, *columns.ignored} & set(features):
         raise DataError(f"column {min(both)!r} is both a feature and the target or an ignored column", min(both))
@@ -185,7 +186,7 @@ def _why_unparsable(path: Path, width: int, error: Exception) -> DataError:
         return DataError(f"{path.name}: line {reader.line_num}: {e}", line=reader.line_num)
     return DataError(f"{path.name}: {' '.join(str(error).split())[:200]}")
 
-# %% ../nbs/01_data.ipynb #5a85b6f7
+# %% ../nbs/01_data.ipynb #0ea2f8a2
 def scan_table(
     path: Path | str,
     missing: tuple[str, ...] = (),  # texts that mean a missing value
@@ -204,7 +205,7 @@ def scan_table(
         if nested:
             raise DataError(f"{path.name}: column {nested[0]!r} holds nested values; expected plain ones", nested[0])
         text = [n for n, t in frame.collect_schema().items() if t == pl.String]
-        return frame.with_columns(pl.col(text).replace({m: None for m in missing})) if missing and text else frame
+        return frame.with_columns(pl.col(text).replace(dict.fromkeys(missing))) if missing and text else frame
     _sniff(path)
     names = _header(path)
     known = {k: v for k, v in (types or {}).items() if k in names}
@@ -237,7 +238,7 @@ def _as_numbers(series: pl.Series, where: str) -> pl.Series:
                         series.name, row + 2)
     return numbers
 
-# %% ../nbs/01_data.ipynb #78848097
+# %% ../nbs/01_data.ipynb #b557f688
 def conform(
     table: pl.DataFrame,
     schema: Schema,
@@ -254,7 +255,7 @@ def conform(
         if column.name in table.columns:
             series = table[column.name]
             if series.dtype == pl.String and schema.missing:
-                series = series.replace({m: None for m in schema.missing})
+                series = series.replace(dict.fromkeys(schema.missing))
             out.append(_as_numbers(series, where) if column.kind == "number" else series.cast(pl.String))
         elif column.name in schema.ignored:
             kind: Any = pl.Float64 if column.kind == "number" else pl.String
@@ -273,14 +274,15 @@ def _labels(series: pl.Series, schema: Schema, where: str) -> pl.Series:
                         f"{positive!r}", schema.target, row + 2)
     return labels
 
-# %% ../nbs/01_data.ipynb #4df53b4d
+# %% ../nbs/01_data.ipynb #60ffd3a0
 def _canonical(table: pl.DataFrame) -> Iterator[bytes]:
     "The table as canonical text, in slices so that memory stays small."
     whole = [s.name for s in table if s.dtype.is_float() and
              bool((s.is_null() | ((s == s.floor()) & (s.abs() < 2**53))).all())]
     yield ("\x1f".join(table.columns) + "\n").encode()
     for part in table.iter_slices(50_000):
-        yield part.with_columns(pl.col(whole).cast(pl.Int64)).write_csv(include_header=False, null_value="\x00").encode()
+        part = part.with_columns(pl.col(whole).cast(pl.Int64))
+        yield part.write_csv(include_header=False, null_value="\x00").encode()
 
 
 def digest(

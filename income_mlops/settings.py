@@ -33,7 +33,7 @@ Share = Annotated[float, Field(ge=0, le=1)]
 Seconds = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Count = Annotated[int, Field(ge=1)]
 
-# %% ../nbs/00_settings.ipynb #b49fa5f8
+# %% ../nbs/00_settings.ipynb #ac4e78bf
 class Paths(Section):
     state: Path = Path("var")
     "Everything a running system writes: MLflow's database and artifacts, dataset versions, the queue."
@@ -66,7 +66,7 @@ class Dataset(Section):
 
 
 class Preparation(Section):
-    rare_share: Annotated[float, Field(ge=0, lt=0.5)] = 0.002
+    rare_share: Annotated[float, Field(ge=0, lt=0.5)] = 0.01
     "Levels of a category rarer than this share of the training rows are grouped."
     drop_redundant: bool = True
     "Drop a column that another one determines one to one."

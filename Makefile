@@ -1,0 +1,87 @@
+# `make help` lists the targets. Needed: python3 (3.11 – 3.14), make and a package index.
+.DEFAULT_GOAL := help
+SHELL := /bin/bash
+.SHELLFLAGS := -eu -o pipefail -c
+.DELETE_ON_ERROR:
+MAKEFLAGS += --no-builtin-rules --no-print-directory
+.PHONY: help up test test-all bench setup export check requirements clean
+
+UV_VERSION := 0.13.9
+export UV_PYTHON_DOWNLOADS := never
+export MLFLOW_DISABLE_TELEMETRY := true
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+# An activated environment of another project must not be filled by ours.
+unexport VIRTUAL_ENV PYTHONPATH PYTHONHOME
+
+# Caches and kernels need a home that can be written; a container's user may have none.
+ifeq ($(shell test -n "$$HOME" && mkdir -p "$$HOME" 2>/dev/null && test -w "$$HOME" && echo yes),)
+export HOME := $(CURDIR)/.tools/home
+endif
+export PATH := $(CURDIR)/.venv/bin:$(PATH)
+
+PYTHON ?= $(shell tools/find-python)
+UV := .tools/bin/uv
+SOURCES := $(wildcard nbs tests tools benchmarks)
+# Notebooks that are used in JupyterLab: run cell by cell in a real kernel.
+KERNEL_NOTEBOOKS := $(sort $(wildcard nbs/index.ipynb nbs/explore/*.ipynb))
+
+help:  ## Show this list
+	@echo "usage: make TARGET"
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | while IFS=$$'\t' read -r name text; do \
+	    printf '  %-13s %s\n' "$$name" "$$text"; done
+
+up: setup  ## Set up, train a first model if there is none, start all services; Ctrl-C stops them
+	@exec income-mlops up
+
+test: setup check  ## Set up and run the checks and the tests
+	@$(call run-tests,not full)
+
+test-all: setup check  ## The same with faults, load, stores and containers
+	@$(call run-tests,full or not full)
+
+bench: .venv/.stamp-bench  ## Run the benchmarks one after another
+	@for file in benchmarks/*.py; do echo "── $$file"; python "$$file"; done
+
+setup: .venv/.stamp  ## Create the environment in .venv from uv.lock
+
+export:  ## Write the modules from the notebooks and clean the notebooks
+	@nbdev-export && nbdev-clean
+
+check: setup  ## Notebooks and modules in sync, lint, types
+	@echo "── notebooks and modules in sync"; python tools/check_sync.py
+	@echo "── ruff"; ruff check --quiet $(SOURCES)
+	@echo "── mypy"; mypy --no-error-summary
+
+requirements: $(UV_STAMP)  ## Export requirements.txt from uv.lock
+	@{ sed '/^[^#]/,$$d' requirements.txt; \
+	   $(UV) export --quiet --frozen --no-header --no-annotate --no-hashes --no-emit-project \
+	       --extra training --extra serving --extra tracking --extra dashboard --extra docs; } > .tools/requirements
+	@mv .tools/requirements requirements.txt
+
+clean:  ## Remove the environment and the caches; data and var/ stay
+	rm -rf .venv .tools .mypy_cache .ruff_cache *.egg-info
+
+# Cells first, then modules: pytest's summary is the last line. What notebooks write is thrown away.
+define run-tests
+state=$$(mktemp -d); trap 'rm -rf "$$state"' EXIT; \
+echo "── notebooks"; DYNACONF_PATHS__STATE="$$state" nbdev-test nbs --skip-folder-re '^([_.]|pipelines|explore)' --skip-file-re '^([_.]|dashboard|index)'; \
+$(if $(KERNEL_NOTEBOOKS),echo "── notebooks in a kernel"; DYNACONF_PATHS__STATE="$$state" pytest -q --nbval-lax $(KERNEL_NOTEBOOKS);) \
+echo "── tests"; pytest -q -m '$(1)'
+endef
+
+UV_STAMP := .tools/uv-$(UV_VERSION)
+$(UV_STAMP):
+	@if [ -z "$(PYTHON)" ]; then tools/find-python --explain; exit 1; fi
+	@echo "── uv $(UV_VERSION)"
+	@rm -rf .tools; $(PYTHON) -m venv .tools; mkdir -p "$$HOME"
+	@.tools/bin/python -m pip install --quiet "uv==$(UV_VERSION)"
+	@touch $@
+
+.venv/.stamp: $(UV_STAMP) uv.lock pyproject.toml
+	@echo "── environment from uv.lock"
+	@$(UV) sync --quiet --frozen --extra dev --python .tools/bin/python
+	@touch $@
+
+.venv/.stamp-bench: .venv/.stamp
+	@$(UV) sync --quiet --frozen --extra dev --extra bench --python .tools/bin/python
+	@touch $@

@@ -1,0 +1,120 @@
+"""The repository itself: what the lock names, what modules import, what is nowhere."""
+import ast
+import re
+import subprocess
+import tomllib
+from pathlib import Path
+
+import pytest
+from packaging.requirements import Requirement
+from packaging.specifiers import SpecifierSet
+
+ROOT = Path(__file__).parent.parent
+ORDER = ["settings", "data", "datasets", "profile", "drift", "checks", "report", "models", "predictor", "evaluation",
+         "registry", "training", "runs", "jobs", "serving", "intake", "dashboard", "batch", "supervisor", "cli"]
+MODULES = sorted(p for p in (ROOT / "income_mlops").glob("*.py") if not p.stem.startswith("_"))
+PUBLIC = {"https://pypi.org", "https://files.pythonhosted.org"}
+EXPORTED_EXTRAS = ("training", "serving", "tracking", "dashboard", "docs")
+
+
+def lock() -> dict[str, list[dict]]:
+    packages: dict[str, list[dict]] = {}
+    for package in tomllib.loads((ROOT / "uv.lock").read_text())["package"]:
+        packages.setdefault(package["name"], []).append(package)
+    return packages
+
+
+def closure(packages: dict[str, list[dict]], extras: tuple[str, ...]) -> set[tuple[str, str]]:
+    "Every (name, version) that the project with these extras can need, on any platform."
+    project = packages["income-mlops"][0]
+    todo = [*project["dependencies"], *(d for e in extras for d in project["optional-dependencies"][e])]
+    seen: set[tuple[str, str, tuple[str, ...]]] = set()
+    while todo:
+        edge = todo.pop()
+        for package in packages[edge["name"]]:
+            key = (package["name"], package["version"], tuple(sorted(edge.get("extra", ()))))
+            if edge.get("version", package["version"]) == package["version"] and key not in seen:
+                seen.add(key)
+                todo += package.get("dependencies", [])
+                todo += [d for e in key[2] for d in package.get("optional-dependencies", {}).get(e, [])]
+    return {(name, version) for name, version, _ in seen}
+
+
+def requirements() -> list[Requirement]:
+    lines = (ROOT / "requirements.txt").read_text().splitlines()
+    return [Requirement(line) for line in lines if line and not line.startswith("#")]
+
+
+def test_requirements_are_the_lock():
+    pinned = {(r.name, str(r.specifier).removeprefix("==")) for r in requirements()}
+    assert pinned == closure(lock(), EXPORTED_EXTRAS), "run `make requirements`"
+
+
+def test_requirements_name_no_place():
+    text = (ROOT / "requirements.txt").read_text()
+    assert not re.search(r"://|^-|file:|@ ", text, re.MULTILINE)
+    assert all(r.url is None for r in requirements())
+
+
+def test_lock_names_only_the_public_index():
+    text = (ROOT / "uv.lock").read_text()
+    assert set(re.findall(r'[a-z+]+://[^/"]+', text)) == PUBLIC
+    sources = re.findall(r"source = (\{.*?\})", text)
+    assert sources.count('{ editable = "." }') == 1
+    assert set(sources) == {'{ editable = "." }', '{ registry = "https://pypi.org/simple" }'}
+
+
+def test_lock_is_of_this_project():
+    "What pyproject.toml asks for is what the lock was made for."
+    asked = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    locked = lock()["income-mlops"][0]["metadata"]["requires-dist"]
+    groups = {"": asked["dependencies"], **asked["optional-dependencies"]}
+    wanted = {(Requirement(r).name.replace("_", "-"), Requirement(r).specifier, name)
+              for name, group in groups.items() for r in group}
+    extra = re.compile("extra == '([^']+)'")
+    known = {(d["name"], SpecifierSet(d.get("specifier", "")), "".join(extra.findall(d.get("marker", ""))))
+             for d in locked}
+    assert wanted == known, "run `uv lock`"
+
+
+@pytest.mark.parametrize("module", MODULES, ids=lambda p: p.stem)
+def test_imports_run_downhill(module):
+    "A module imports from those above it only, also inside its functions."
+    assert module.stem in ORDER
+    above = ORDER[:ORDER.index(module.stem)]
+    for node in ast.walk(ast.parse(module.read_text())):
+        if isinstance(node, ast.ImportFrom):
+            name = node.module or ""
+            if node.level or name.split(".")[0] == "income_mlops":
+                targets = [name.split(".")[-1]] if name not in ("", "income_mlops") else [a.name for a in node.names]
+                assert set(targets) <= set(above), f"line {node.lineno}: {module.stem} imports {targets}"
+
+
+@pytest.mark.parametrize("module", MODULES, ids=lambda p: p.stem)
+def test_modules_are_short(module):
+    code = [line for line in module.read_text().splitlines() if line.strip() and not line.startswith("# %%")]
+    assert len(code) <= 275, "split the notebook into two"
+
+
+@pytest.mark.parametrize("module", MODULES, ids=lambda p: p.stem)
+def test_modules_do_not_know_the_shipped_table(module):
+    "Column names and values live in settings.ini and data/ alone."
+    words = ["fnlwgt", "marital-status", "native-country", "education-num", "hours-per-week", "capital-gain",
+             "workclass", ">50K", "<=50K", "adult"]
+    text = module.read_text()
+    assert not [w for w in words if re.search(rf"(?<![\w-]){re.escape(w)}(?![\w-])", text, re.IGNORECASE)]
+
+
+def tracked() -> list[Path]:
+    done = subprocess.run(["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"], cwd=ROOT,
+                          capture_output=True, text=True, check=True)
+    return [p for n in done.stdout.split("\0") if n and (p := ROOT / n).is_file()]
+
+
+def test_no_path_of_a_machine_and_no_large_file():
+    private = re.compile(r"/(?:home|Users|root)/\w|/work/")
+    for path in tracked():
+        assert path.stat().st_size < 6_000_000, f"{path} is large"
+        if path.suffix in {".py", ".ipynb", ".toml", ".ini", ".md", ".txt", ".yml", ".yaml", ".json", ""}:
+            found = [line for line in path.read_text().splitlines() if private.search(line)]
+            assert path == Path(__file__) or not found, f"{path}: {found[:1]}"
