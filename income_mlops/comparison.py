@@ -4,10 +4,11 @@
 
 # %% auto #0
 __all__ = ['Floats', 'MAX_BARS', 'REST', 'Points', 'psi', 'jensen_shannon', 'total_variation', 'ks', 'wasserstein', 'chi2_tail',
-           'kolmogorov_tail', 'wilson', 'chi2', 'ColumnDrift', 'binned', 'compare']
+           'kolmogorov_tail', 'wilson', 'chi2', 'ColumnDrift', 'binned', 'compare_columns', 'compare']
 
-# %% ../nbs/04_comparison.ipynb #575c32b8
+# %% ../nbs/04_comparison.ipynb #7b027251
 import math
+from itertools import pairwise
 from typing import Literal
 
 import numpy as np
@@ -151,7 +152,7 @@ def binned(points: Points, edges: Floats) -> Floats:
     inside = np.searchsorted(edges[1:-1], points[0], side="left")
     return np.asarray(np.bincount(inside, points[1], len(edges) - 1) / points[1].sum())
 
-# %% ../nbs/04_comparison.ipynb #0015c67b
+# %% ../nbs/04_comparison.ipynb #6224c0d0
 def _picture(a: ColumnProfile, b: ColumnProfile) -> tuple[Floats, tuple[str, ...]]:
     "Edges and labels: a bin per value if there are few, else equal widths over what is common."
     values = np.union1d(a.points()[0], b.points()[0])
@@ -161,7 +162,7 @@ def _picture(a: ColumnProfile, b: ColumnProfile) -> tuple[Floats, tuple[str, ...
     spread = [*a.quantiles([0.005, 0.995]), *b.quantiles([0.005, 0.995])]
     low, high = min(spread), max(spread)
     edges = np.linspace(low, high if high > low else low + 1, MAX_BARS + 1)
-    return edges, tuple(f"{x:.4g} – {y:.4g}" for x, y in zip(edges[:-1], edges[1:], strict=True))
+    return edges, tuple(f"{x:.4g} – {y:.4g}" for x, y in pairwise(edges))
 
 
 def _compare_numbers(a: ColumnProfile, b: ColumnProfile) -> ColumnDrift:
@@ -187,15 +188,23 @@ def _compare_categories(a: ColumnProfile, b: ColumnProfile) -> ColumnDrift:
     p, q = (c / c.sum() for c in counts)
     statistic, dof = chi2(*counts)
     moved = total_variation(p, q)
-    shown = [tuple([*x[:MAX_BARS].tolist(), *([x[MAX_BARS:].sum()] if x[MAX_BARS:].any() else [])]) for x in (p, q)]
+    shown = [(*x[:MAX_BARS].tolist(), *([float(x[MAX_BARS:].sum())] if x[MAX_BARS:].any() else [])) for x in (p, q)]
     n = max(map(len, shown))
     return ColumnDrift(
         column=a.name, kind="category", effect=moved, p_value=chi2_tail(statistic, dof) if dof else 1.0, psi=psi(p, q),
         jensen_shannon=jensen_shannon(p, q), total_variation=moved, chi2=statistic, dof=dof,
         error=a.error * len(a.values) / a.present + b.error * len(b.values) / b.present,
-        labels=tuple([*map(str, levels[:MAX_BARS]), REST][:n]), old=(*shown[0], 0.0)[:n], new=(*shown[1], 0.0)[:n])
+        labels=(*map(str, levels[:MAX_BARS]), REST)[:n], old=(*shown[0], 0.0)[:n], new=(*shown[1], 0.0)[:n])
 
-# %% ../nbs/04_comparison.ipynb #f2b70b94
+# %% ../nbs/04_comparison.ipynb #0b94861e
+def compare_columns(
+    a: ColumnProfile,
+    b: ColumnProfile,  # of the same kind; neither is all missing
+) -> ColumnDrift:
+    "How far `b` is from `a`."
+    return _compare_numbers(a, b) if a.kind == "number" else _compare_categories(a, b)
+
+
 def compare(
     old: Profile,
     new: Profile,
@@ -205,5 +214,5 @@ def compare(
     for a in old.columns:
         b = new.column(a.name)
         if b and a.kind == b.kind and a.present and b.present:
-            out[a.name] = _compare_numbers(a, b) if a.kind == "number" else _compare_categories(a, b)
+            out[a.name] = compare_columns(a, b)
     return out
