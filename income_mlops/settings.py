@@ -71,7 +71,7 @@ class Preparation(Section):
     drop_redundant: bool = True
     "Drop a column that another one determines one to one."
 
-# %% ../nbs/00_settings.ipynb #9a6f7bf1
+# %% ../nbs/00_settings.ipynb #a747b6c1
 class Optimization(Section):
     n_trials: Count = 30
     initial_n_trials: Count = 3
@@ -93,6 +93,8 @@ class Runs(Section):
     "Seconds a whole notebook may take."
     heartbeat: Seconds = 5
     "Seconds between two signs of life."
+    end_timeout: Seconds = 60
+    "Seconds to try telling MLflow that a notebook has ended, while it does not answer."
 
 # %% ../nbs/00_settings.ipynb #1121ac4e
 class Drift(Section):

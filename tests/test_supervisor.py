@@ -1,0 +1,292 @@
+"""Services that start together, are watched, and all end: with real processes and real signals."""
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from contextlib import suppress
+from pathlib import Path
+
+import psutil
+import pytest
+from cli_helpers import income_mlops, register_small_model
+
+from income_mlops.processes import Service, ServiceError, Supervisor, check_ports
+from income_mlops.supervisor import services
+
+STOP = 15  # seconds in which everything must be gone
+
+
+def wait_for(condition, seconds: float, what: str):
+    until = time.monotonic() + seconds
+    while not (found := condition()):
+        assert time.monotonic() < until, f"{what}: not within {seconds} s"
+        time.sleep(0.1)
+    return found
+
+
+def get(url: str) -> dict:
+    with urllib.request.urlopen(url, timeout=5) as r:
+        return json.load(r)
+
+
+def alive(pids: list[int]) -> list[int]:
+    "Those that still run; a zombie has ended."
+    found = []
+    for pid in pids:
+        with suppress(psutil.NoSuchProcess):
+            if psutil.Process(pid).status() != psutil.STATUS_ZOMBIE:
+                found.append(pid)
+    return found
+
+
+def family(pid: int) -> list[int]:
+    return [p.pid for p in psutil.Process(pid).children(recursive=True)]
+
+
+# ── ports ─────────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+def test_every_taken_port_is_named_with_its_setting(free_port):
+    with socket.socket() as a, socket.socket() as b:
+        for s in (a, b):
+            s.bind(("127.0.0.1", 0))
+            s.listen()
+        listed = [Service(n, (), "127.0.0.1", s.getsockname()[1], f"{n}.port")
+                  for n, s in (("mlflow", a), ("serving", b))]
+        with pytest.raises(ServiceError) as e:
+            check_ports([*listed, Service("docs", (), "127.0.0.1", free_port(), "docs.port")])
+    lines = str(e.value).splitlines()
+    assert len(lines) == 2 and "docs" not in str(e.value)
+    for line, service in zip(lines, listed, strict=True):
+        assert f"port {service.port} " in line and service.setting in line
+        assert f"DYNACONF_{service.name.upper()}__PORT" in line
+
+
+def test_one_port_for_two_and_a_host_that_is_not_here(free_port):
+    port = free_port()
+    with pytest.raises(ServiceError, match=rf"mlflow\.port and serving\.port are both {port}"):
+        check_ports([Service(n, (), "127.0.0.1", port, f"{n}.port") for n in ("mlflow", "serving")])
+    with pytest.raises(ServiceError, match=r"192\.0\.2\.1.*serving\.host"):
+        check_ports([Service("the API", (), "192.0.2.1", port, "serving.port")])
+
+
+def test_up_names_the_taken_port_and_starts_nothing(project, free_port):
+    folder = project()
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        s.listen()
+        port = s.getsockname()[1]
+        done = income_mlops(folder, "up", DYNACONF_SERVING__PORT=str(port), DYNACONF_MLFLOW__PORT=str(free_port()))
+    assert done.returncode == 1 and not done.stdout
+    assert f"port {port}" in done.stderr and "serving.port" in done.stderr and len(done.stderr.splitlines()) == 1
+    assert not (folder / "var").exists()
+
+
+# ── ends, with small services ─────────────────────────────────────────────────────────────────────────────────────────
+
+STUBBORN = """
+import signal, subprocess, sys, time
+signal.signal(signal.SIGTERM, signal.SIG_IGN)
+signal.signal(signal.SIGINT, signal.SIG_IGN)
+subprocess.Popen([sys.executable, "-c", "import signal, time; signal.signal(15, signal.SIG_IGN); time.sleep(600)"])
+print("I stay", flush=True)
+time.sleep(600)
+"""
+
+DRIVER = """
+import sys, time
+from pathlib import Path
+from income_mlops.processes import Service, Stopped, Supervisor, signals
+port, logs, *programs = sys.argv[1:]
+command = (sys.executable, "-m", "http.server", port, "--bind", "127.0.0.1")
+files = Service("files", command, "127.0.0.1", int(port), "x.port", health="/")
+with Supervisor(Path(logs)) as supervisor, signals(supervisor):
+    try:
+        supervisor.wait(supervisor.start(files.name, files.command), files)
+        for n, program in enumerate(programs):
+            supervisor.start(f"program {n}", [sys.executable, "-c", program])
+        print("ready", flush=True)
+        while True:
+            supervisor.look()
+            time.sleep(0.1)
+    except Stopped:
+        print("stopped", flush=True)
+"""
+
+
+@pytest.fixture
+def driven(tmp_path, free_port):
+    "A function that starts a supervisor with a small web server and these programs; process and all pids below it."
+    started = []
+
+    def start(*programs: str) -> tuple[subprocess.Popen, list[int]]:
+        process = subprocess.Popen([sys.executable, "-c", DRIVER, str(free_port()), str(tmp_path / "logs"), *programs],
+                                   stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        assert process.stdout.readline() == "ready\n", process.communicate()[1]
+        wait_for(lambda: len(family(process.pid)) >= 2 + len(programs) + programs.count(STUBBORN), 10, "children")
+        if STUBBORN in programs:
+            log = tmp_path / "logs/program-0.log"
+            wait_for(lambda: log.read_text() == "I stay\n", 10, "the stubborn one")
+            time.sleep(0.5)  # its child, too, ignores the signal by now
+        started.append((process, family(process.pid)))
+        return started[-1]
+    yield start
+    for process, pids in started:
+        for pid in alive([process.pid, *pids]):
+            os.kill(pid, signal.SIGKILL)
+        process.communicate()
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_signal_stops_every_child(driven, number):
+    process, pids = driven()
+    start = time.monotonic()
+    process.send_signal(number)
+    out, err = process.communicate(timeout=STOP)
+    assert process.returncode == 0 and out == "stopped\n" and not err
+    assert not alive(pids) and time.monotonic() - start < 5
+
+
+def test_stubborn_child_and_its_child_are_killed_in_time(driven):
+    process, pids = driven(STUBBORN)
+    assert len(pids) == 4, "web server, stubborn one, its child, watchdog"
+    start = time.monotonic()
+    process.terminate()
+    time.sleep(1)
+    process.terminate()  # an impatient person's second signal changes nothing
+    process.communicate(timeout=STOP)
+    assert not alive(pids) and time.monotonic() - start < STOP
+
+
+def test_killed_supervisor_leaves_nothing(driven):
+    process, pids = driven(STUBBORN)
+    process.kill()
+    wait_for(lambda: not alive(pids), STOP, "children of a killed supervisor end")
+
+
+def test_dead_child_is_reported_and_ends_the_rest(driven, tmp_path):
+    process, pids = driven("import time; print('no more memory', flush=True); time.sleep(1); raise SystemExit(7)")
+    _, err = process.communicate(timeout=STOP)
+    assert process.returncode == 1 and not alive(pids)
+    last = err[err.index("ServiceError: "):]
+    assert "program 0 ended with exit code 7" in last and "no more memory" in last
+    assert str(tmp_path / "logs/program-0.log") in last
+
+
+def test_killed_child_is_reported_by_its_signal(driven):
+    process, pids = driven("import os, time; time.sleep(1); os.kill(os.getpid(), 9)")
+    assert "program 0 was killed by SIGKILL" in process.communicate(timeout=STOP)[1]
+    assert not alive(pids)
+
+
+def test_earlier_log_is_kept(tmp_path):
+    for word in ("one", "two"):
+        with Supervisor(tmp_path) as supervisor:
+            supervisor.finish(supervisor.start("echo", [sys.executable, "-c", f"print('{word}')"]))
+    assert (tmp_path / "echo.log").read_text() == "two\n" and (tmp_path / "echo.log.1").read_text() == "one\n"
+
+
+def test_failing_program_and_silent_service(tmp_path, free_port):
+    program = "print('went wrong'); raise SystemExit(3)"
+    with pytest.raises(ServiceError, match=r"step ended with exit code 3(.|\n)*went wrong"), Supervisor(tmp_path) as s:
+        s.finish(s.start("step", [sys.executable, "-c", program]))
+    deaf = Service("deaf", (sys.executable, "-c", "import time; time.sleep(60)"), "127.0.0.1", free_port(), "x.port",
+                   patience=1)
+    with pytest.raises(ServiceError, match=r"deaf does not answer on .*/health after 1 s"), Supervisor(tmp_path) as s:
+        s.wait(s.start(deaf.name, deaf.command), deaf)
+
+
+# ── the real thing ────────────────────────────────────────────────────────────────────────────────────────────────────
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    "A project folder with a model in its registry."
+    import shutil
+    root = Path(__file__).parent.parent
+    folder = tmp_path_factory.mktemp("up")
+    shutil.copy(root / "settings.ini", folder)
+    (folder / "data").symlink_to(root / "data")
+    register_small_model(folder)
+    return folder
+
+
+class Up:
+    "`income-mlops up` in a folder, on free ports."
+
+    def __init__(self, folder: Path, mlflow: int, serving: int):
+        self.urls = {"MLflow": f"http://127.0.0.1:{mlflow}", "the API": f"http://127.0.0.1:{serving}"}
+        env = {**os.environ, "DYNACONF_MLFLOW__PORT": str(mlflow), "DYNACONF_SERVING__PORT": str(serving),
+               "DYNACONF_SERVING__ALLOW_PIPELINE": "true"}
+        self.out = folder / "up.out"
+        with self.out.open("w") as out:
+            self.process = subprocess.Popen([sys.executable, "-m", "income_mlops.cli", "up"], cwd=folder, env=env,
+                                            stdout=out, stderr=subprocess.STDOUT)
+
+    def ready(self, seconds: float) -> "Up":
+        def runs() -> bool:
+            assert self.process.poll() is None, self.out.read_text()
+            return "Everything runs" in self.out.read_text()
+        wait_for(runs, seconds, "up")
+        self.pids = family(self.process.pid)
+        return self
+
+    def end(self) -> None:
+        for pid in alive([self.process.pid, *getattr(self, "pids", [])]):
+            os.kill(pid, signal.SIGKILL)
+        self.process.wait()
+
+
+def test_up_serves_a_model_and_stops_within_15_seconds(trained, free_port):
+    up = Up(trained, free_port(), free_port())
+    try:
+        lines = up.ready(120).out.read_text().splitlines()
+        assert len(lines) == 4 and all(url in "".join(lines) for url in up.urls.values())
+        assert "there is one: RandomForest version 1" in lines[1]
+        with urllib.request.urlopen(up.urls["MLflow"] + "/health") as r:
+            assert r.status == 200
+        found = get(up.urls["MLflow"] + "/api/2.0/mlflow/registered-models/search?max_results=9")["registered_models"]
+        assert [m["name"] for m in found] == ["adult-income.RandomForest"]
+        wait_for(lambda: get(up.urls["the API"] + "/health")["ready"], 30, "the API's model")
+        assert len(up.pids) == 4, "watchdog, MLflow and its worker, the API"
+        start = time.monotonic()
+        up.process.terminate()
+        assert up.process.wait(STOP) == 0
+        assert not alive(up.pids) and time.monotonic() - start < STOP
+        assert up.out.read_text().endswith("Stopped.\n")
+    finally:
+        up.end()
+
+
+def test_dead_service_ends_up_with_a_report(trained, free_port):
+    up = Up(trained, free_port(), free_port())
+    try:
+        up.ready(120)
+        api = next(p for p in up.pids if "serve" in psutil.Process(p).cmdline())
+        os.kill(api, signal.SIGKILL)
+        assert up.process.wait(STOP) == 1
+        assert "error: the API was killed by SIGKILL" in up.out.read_text()
+        assert not alive(up.pids)
+    finally:
+        up.end()
+
+
+def test_end_while_starting_leaves_nothing(trained, free_port):
+    up = Up(trained, free_port(), free_port())
+    try:
+        wait_for(lambda: len(family(up.process.pid)) >= 2, 30, "MLflow starts")
+        time.sleep(1)
+        up.pids = family(up.process.pid)
+        up.process.send_signal(signal.SIGINT)
+        assert up.process.wait(STOP) == 0
+        assert not alive(up.pids) and "Everything runs" not in up.out.read_text()
+    finally:
+        up.end()
+
+
+def test_tracking_server_of_somebody_else_is_used(project):
+    from income_mlops.settings import load_settings
+    settings = load_settings(project(('tracking_uri = ""', "tracking_uri = http://ml.example:5000")) / "settings.ini")
+    assert [s.name for s in services(settings)] == ["the API"]
