@@ -12,7 +12,7 @@ from typing import Any
 
 from markupsafe import Markup
 
-# %% ../nbs/06_canvas.ipynb #9ffb510b
+# %% ../nbs/06_canvas.ipynb #9dfb3efb
 _MARKS = (*range(0x20), *range(0x7F, 0xA0), 0x61C, 0x200B, 0x200E, 0x200F, *range(0x2028, 0x202F), 0x2060,
           *range(0x2066, 0x206A), 0xFEFF)
 _WRITTEN = {c: f"\\u{c:04x}" for c in _MARKS}
@@ -25,9 +25,12 @@ def legible(
     "A value as text of one line: invisible marks written out, cut with an ellipsis."
     text = value if isinstance(value, str) else short(value) if isinstance(value, float) else str(value)
     text = text[: length + 1].encode("utf-8", "backslashreplace").decode().translate(_WRITTEN)
+    bare = text.strip(" ")
+    if bare != text:  # an outer blank is part of the value
+        text = "␣" * (len(text) - len(text.lstrip(" "))) + bare + "␣" * (len(text) - len(text.rstrip(" ")))
     return text if len(text) <= length else text[: length - 1] + "…"
 
-# %% ../nbs/06_canvas.ipynb #3dfa9e04
+# %% ../nbs/06_canvas.ipynb #5db63b32
 def short(
     x: float | None,
 ) -> str:
@@ -38,7 +41,7 @@ def short(
         if unit <= abs(x) < 1e15:
             scaled = x / (1000 if sign == "k" else unit)
             return f"{scaled:.4g}{sign}".replace("-", "−")
-    return (f"{x:,.0f}" if 1000 <= abs(x) < 1e4 and x == round(x) else f"{x:.4g}").replace("-", "−")
+    return f"{x:,.4g}".replace("-", "−")
 
 
 def percent(

@@ -53,18 +53,18 @@ def histogram(
     parts += [text(min(max(p, left + 8), right - 14), height - 6, t, "middle", 12) for p, t in named]
     return svg(width, height, _says(d), [*parts, *legend(right, 10)])
 
-# %% ../nbs/06_charts.ipynb #5bbcf4ac
+# %% ../nbs/06_charts.ipynb #22bfe7fd
 def bars(
     d: ColumnDrift,  # of a category
     width: float = 360,
     most: int = 8,  # levels shown; the rest is summed
 ) -> Markup:
     "Old and new shares per level."
-    rows = list(zip(d.labels, d.old, d.new, strict=True))
+    rows = [row for row in zip(d.labels, d.old, d.new, strict=True) if row[1] or row[2]]
     if len(rows) > most:
         rest = rows[most - 1:]
         rows = [*rows[: most - 1], ("all others", sum(r[1] for r in rest), sum(r[2] for r in rest))]
-    left, right, step = 122.0, width - 86, 20.0
+    left, right, step = 122.0, width - 94, 20.0
     scale = (right - left) / (max(max(o, n) for _, o, n in rows) or 1.0)
     parts: list[Markup] = []
     for i, (label, o, n) in enumerate(rows):
@@ -104,15 +104,15 @@ def intervals(
     said = "; ".join(f"{legible(w, 40)} from {percent(o[0])} to {percent(n[0])}" for w, o, n in rows)
     return svg(width, 20 + len(rows) * 46, f"{title}: {said}.", [*parts, *legend(width - 6, 10)])
 
-# %% ../nbs/06_charts.ipynb #0ba73987
+# %% ../nbs/06_charts.ipynb #78c521e0
 def ranking(
     rows: Sequence[tuple[str, float, str]],  # column, effect from 0 to 1, kind of its mark (error, warning, info)
     thresholds: Sequence[tuple[str, float]],
     width: float = 440,
 ) -> Markup:
     "Effects as bars on one scale."
-    left, right, step = 132.0, width - 46, 20.0
-    top = max([0.1, *(e for _, e, _ in rows), *(t for _, t in thresholds[:1])]) * 1.08
+    left, right, step = 136.0, width - 56, 20.0
+    top = max([0.1, *(e for _, e, _ in rows), *(t for _, t in thresholds[:1])]) * 1.02
     scale = (right - left) / top
     bottom = 24 + len(rows) * step
     parts = [path(f"M{left + t * scale:.1f} 18V{bottom:g}", "grid") + text(left + t * scale, bottom + 14, f"{t:g}", "middle")
@@ -120,14 +120,14 @@ def ranking(
     for i, (label, effect, kind) in enumerate(rows):
         y = 24 + i * step
         parts += [text(left - 7, y + 11, label, "end ink", 21), rect(left, y + 2, effect * scale, 11, kind),
-                  text(left + effect * scale + 5, y + 11, f"{effect:.3f}")]
+                  text(width - 4, y + 11, f"{effect:.3f}", "end ink")]
     for name, t in thresholds:
         if t <= top:
             parts += [path(f"M{left + t * scale:.1f} 16V{bottom:g}", "mark"), text(left + t * scale, 11, name, "middle")]
     said = ", ".join(f"{legible(c, 40)} {e:.3f}" for c, e, _ in rows[:5])
     return svg(width, bottom + 20, f"Columns by how far their distribution moved, from 0 to 1: {said}.", parts)
 
-# %% ../nbs/06_charts.ipynb #cfd4aa8d
+# %% ../nbs/06_charts.ipynb #0323752a
 STRENGTHS = 10
 
 
@@ -139,7 +139,7 @@ def heatmap(
     width: float = 400,
 ) -> Markup:
     "A symmetric matrix; what is not known stays empty."
-    left, step = 104.0, (width - 108.0) / max(len(names), 1)
+    left, step = 112.0, (width - 116.0) / max(len(names), 1)
     place = {n: i for i, n in enumerate(names)}
     groups: dict[tuple[str, int], list[str]] = {}
     for (a, b), v in values.items():
@@ -150,7 +150,7 @@ def heatmap(
     parts = [rect(left, 4, step * len(names), step * len(names), "none", ' fill-opacity=".35"')]
     parts += [Markup('<path d="{}" class="{}" fill-opacity="{:g}"/>').format("".join(d), sign, strength / STRENGTHS)
               for (sign, strength), d in sorted(groups.items()) if strength]
-    end, size = 4 + step * len(names), f"{min(11.0, step * .95):.3g}px"
+    end, size = 4 + step * len(names), f"{min(12.0, step * .95):.3g}px"
     for i, name in enumerate(names):
         middle = (i + .5) * step + float(size[:-2]) * .36
         label = legible(name, 17)

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['render', 'save_report', 'plots']
 
-# %% ../nbs/06_report.ipynb #3a16819f
+# %% ../nbs/06_report.ipynb #9851fce7
 import re
 from collections.abc import Mapping
 from datetime import datetime
@@ -18,7 +18,7 @@ from .canvas import standalone
 from .charts import distribution
 from .page import fill
 from .verdict import Analysis
-from .view import MAX_CARDS, effects, maps, ordered, view
+from .panels import MAX_CARDS, effects, maps, ordered, view
 
 # %% ../nbs/06_report.ipynb #f764d0e9
 def render(
