@@ -376,6 +376,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                      'income_mlops.panels._part': ('panels.html#_part', 'income_mlops/panels.py'),
                                      'income_mlops.panels._quality': ('panels.html#_quality', 'income_mlops/panels.py'),
                                      'income_mlops.panels._range': ('panels.html#_range', 'income_mlops/panels.py'),
+                                     'income_mlops.panels._sides': ('panels.html#_sides', 'income_mlops/panels.py'),
                                      'income_mlops.panels._tables': ('panels.html#_tables', 'income_mlops/panels.py'),
                                      'income_mlops.panels._target': ('panels.html#_target', 'income_mlops/panels.py'),
                                      'income_mlops.panels._tied': ('panels.html#_tied', 'income_mlops/panels.py'),

@@ -50,28 +50,30 @@ def percent(
     "A share as a percentage."
     return "0 %" if not share else "< 0.1 %" if share < 0.001 else f"{100 * share:.1f} %"
 
-# %% ../nbs/06_canvas.ipynb #3f027d86
+# %% ../nbs/06_canvas.ipynb #0a3dffb3
 PALETTE = """
 :root{color-scheme:light dark;--bg:#f5f7f9;--card:#fff;--ink:#17212e;--soft:#53616f;--line:#dde3e9;--old:#8592a3;
 --new:#0b7285;--minus:#b3541e;--error:#b3261e;--error-bg:#fdf1f0;--warning:#8a5000;--warning-bg:#fef6e7;
 --info:#2a5d9f;--info-bg:#eff5fc;--good:#17693f;--good-bg:#edf8f1}
-@media screen and (prefers-color-scheme:dark){:root{--bg:#0f151c;--card:#18212b;--ink:#e6ebf1;--soft:#a5b2bf;
+@media screen and (prefers-color-scheme:dark){:root{
+--bg:#0f151c;--card:#18212b;--ink:#e6ebf1;--soft:#a5b2bf;
 --line:#2d3946;--old:#7d8b9b;--new:#4cc9dc;--minus:#f0996a;--error:#ff9d94;--error-bg:#321b1c;--warning:#f0b862;
 --warning-bg:#2d2415;--info:#8fbcf5;--info-bg:#172638;--good:#6fd39d;--good-bg:#14291f}}
 """
 CHART_CSS = """
 svg.chart{display:block;width:100%;height:auto;overflow:hidden}
-svg.chart text{font:11px system-ui,-apple-system,"Segoe UI",Roboto,"Helvetica Neue",Arial,sans-serif;fill:var(--soft);
-font-variant-numeric:tabular-nums;unicode-bidi:isolate}
+svg.chart text{font:11px system-ui,-apple-system,"Segoe UI",Roboto,"Helvetica Neue",Arial,sans-serif;
+fill:var(--soft);font-variant-numeric:tabular-nums;unicode-bidi:isolate}
 svg.chart .ink{fill:var(--ink)}.end{text-anchor:end}.middle{text-anchor:middle}
-.grid{stroke:var(--line);stroke-width:1;fill:none}.mark{stroke:var(--soft);stroke-width:1;stroke-dasharray:3 3;fill:none}
+.grid{stroke:var(--line);stroke-width:1;fill:none}
+.mark{stroke:var(--soft);stroke-width:1;stroke-dasharray:3 3;fill:none}
 .old{fill:var(--old)}.new{fill:var(--new)}.plus{fill:var(--new)}.minus{fill:var(--minus)}.none{fill:var(--line)}
 .whisker{stroke:var(--ink);stroke-width:1.2;fill:none}
 .tint{fill:var(--new);fill-opacity:.16;stroke:var(--new);stroke-width:1.8;stroke-linejoin:round}
 .error{fill:var(--error)}.warning{fill:var(--warning)}.info{fill:var(--old)}
 """
 
-# %% ../nbs/06_canvas.ipynb #130e341a
+# %% ../nbs/06_canvas.ipynb #b7d49e37
 def svg(
     width: float,  # in the picture's own units; on the page it takes the room there is
     height: float,
@@ -88,10 +90,11 @@ def text(x: float, y: float, content: Any, kind: str = "", length: int = 60) -> 
     return Markup('<text x="{:.4g}" y="{:.4g}" class="{}">{}</text>').format(x, y, kind, legible(content, length))
 
 
-def rect(x: float, y: float, width: float, height: float, kind: str, more: str = "") -> Markup:
+def rect(x: float, y: float, width: float, height: float, kind: str, opacity: float = 1) -> Markup:
     "A box."
-    return Markup('<rect x="{:.4g}" y="{:.4g}" width="{:.4g}" height="{:.4g}" class="{}"').format(
-        x, y, max(width, 0), max(height, 0), kind) + Markup(more) + Markup("/>")
+    faint = Markup(' fill-opacity="{:g}"').format(opacity) if opacity < 1 else ""
+    return Markup('<rect x="{:.4g}" y="{:.4g}" width="{:.4g}" height="{:.4g}" class="{}"{}/>').format(
+        x, y, max(width, 0), max(height, 0), kind, faint)
 
 
 def path(d: str, kind: str) -> Markup:

@@ -53,7 +53,7 @@ def histogram(
     parts += [text(min(max(p, left + 8), right - 14), height - 6, t, "middle", 12) for p, t in named]
     return svg(width, height, _says(d), [*parts, *legend(right, 10)])
 
-# %% ../nbs/06_charts.ipynb #22bfe7fd
+# %% ../nbs/06_charts.ipynb #e205ce0c
 def bars(
     d: ColumnDrift,  # of a category
     width: float = 360,
@@ -69,7 +69,7 @@ def bars(
     parts: list[Markup] = []
     for i, (label, o, n) in enumerate(rows):
         y = 20 + i * step
-        parts += [text(left - 7, y + 11, label, "end", 19), rect(left, y + 1, o * scale, 14, "old"),
+        parts += [text(left - 7, y + 11, label, "end", 18), rect(left, y + 1, o * scale, 14, "old"),
                   rect(left, y + 5, n * scale, 6, "new"),
                   text(width - 4, y + 11, f"{100 * o:.1f} → {100 * n:.1f} %", "end ink")]
     base = path(f"M{left:g} 18V{20 + len(rows) * step:g}", "grid")
@@ -104,7 +104,7 @@ def intervals(
     said = "; ".join(f"{legible(w, 40)} from {percent(o[0])} to {percent(n[0])}" for w, o, n in rows)
     return svg(width, 20 + len(rows) * 46, f"{title}: {said}.", [*parts, *legend(width - 6, 10)])
 
-# %% ../nbs/06_charts.ipynb #78c521e0
+# %% ../nbs/06_charts.ipynb #e879c474
 def ranking(
     rows: Sequence[tuple[str, float, str]],  # column, effect from 0 to 1, kind of its mark (error, warning, info)
     thresholds: Sequence[tuple[str, float]],
@@ -115,19 +115,20 @@ def ranking(
     top = max([0.1, *(e for _, e, _ in rows), *(t for _, t in thresholds[:1])]) * 1.02
     scale = (right - left) / top
     bottom = 24 + len(rows) * step
-    parts = [path(f"M{left + t * scale:.1f} 18V{bottom:g}", "grid") + text(left + t * scale, bottom + 14, f"{t:g}", "middle")
-             for t in ticks(0, top, 5)]
+    parts = [path(f"M{x:.1f} 18V{bottom:g}", "grid") + text(x, bottom + 14, f"{t:g}", "middle")
+             for t in ticks(0, top, 5) if (x := left + t * scale)]
     for i, (label, effect, kind) in enumerate(rows):
         y = 24 + i * step
-        parts += [text(left - 7, y + 11, label, "end ink", 21), rect(left, y + 2, effect * scale, 11, kind),
+        parts += [text(left - 7, y + 11, label, "end ink", 19), rect(left, y + 2, effect * scale, 11, kind),
                   text(width - 4, y + 11, f"{effect:.3f}", "end ink")]
     for name, t in thresholds:
         if t <= top:
-            parts += [path(f"M{left + t * scale:.1f} 16V{bottom:g}", "mark"), text(left + t * scale, 11, name, "middle")]
+            x = left + t * scale
+            parts += [path(f"M{x:.1f} 16V{bottom:g}", "mark"), text(x, 11, name, "middle")]
     said = ", ".join(f"{legible(c, 40)} {e:.3f}" for c, e, _ in rows[:5])
     return svg(width, bottom + 20, f"Columns by how far their distribution moved, from 0 to 1: {said}.", parts)
 
-# %% ../nbs/06_charts.ipynb #0323752a
+# %% ../nbs/06_charts.ipynb #71f5a51c
 STRENGTHS = 10
 
 
@@ -147,7 +148,7 @@ def heatmap(
         cells = groups.setdefault(("plus" if v >= 0 else "minus", strength), [])
         for i, j in ((place[a], place[b]), (place[b], place[a])):
             cells.append(f"M{left + j * step:.1f} {4 + i * step:.1f}h{step:.1f}v{step:.1f}h-{step:.1f}z")
-    parts = [rect(left, 4, step * len(names), step * len(names), "none", ' fill-opacity=".35"')]
+    parts = [rect(left, 4, step * len(names), step * len(names), "none", 0.35)]
     parts += [Markup('<path d="{}" class="{}" fill-opacity="{:g}"/>').format("".join(d), sign, strength / STRENGTHS)
               for (sign, strength), d in sorted(groups.items()) if strength]
     end, size = 4 + step * len(names), f"{min(12.0, step * .95):.3g}px"
@@ -166,12 +167,12 @@ def heatmap(
 def _scale(x: float, y: float, limit: float) -> list[Markup]:
     "The colours from −limit to limit."
     at = range(-STRENGTHS, STRENGTHS + 1, 2)
-    boxes = [rect(x + 30 + 12 * i, y, 12, 9, "minus" if s < 0 else "plus", f' fill-opacity="{abs(s) / STRENGTHS:g}"')
+    boxes = [rect(x + 30 + 12 * i, y, 12, 9, "minus" if s < 0 else "plus", abs(s) / STRENGTHS)
              for i, s in enumerate(at)]
     return [*boxes, text(x + 24, y + 9, f"−{limit:.2g}", "end"), text(x + 36 + 12 * len(at), y + 9, f"+{limit:.2g}"),
             text(x + 30 + 6 * len(at), y - 3, "0", "middle")]
 
-# %% ../nbs/06_charts.ipynb #8e90218f
+# %% ../nbs/06_charts.ipynb #f61520e8
 def gauge(
     title: str,
     value: float,
@@ -188,6 +189,8 @@ def gauge(
     kind = "warning" if value >= threshold else "new"
     parts = [rect(14, 30, width - 28, 8, "none"), rect(x(low), 28, max(x(high) - x(low), 2), 12, "tint"),
              Markup('<circle cx="{:.1f}" cy="34" r="7" class="{}"/>').format(x(value), kind),
-             path(f"M{x(threshold):.1f} 20V46", "mark"), text(x(threshold), 14, f"warning from {threshold:g}", "middle"),
+             path(f"M{x(threshold):.1f} 20V46", "mark"),
+             text(x(threshold), 14, f"warning from {threshold:g}", "middle"),
              text(14, 60, f"{span[0]:g} guessing"), text(width - 14, 60, f"{span[1]:g} certain", "end")]
-    return svg(width, 68, f"{title}: {value:.3f}, 95 % interval {low:.3f} to {high:.3f}, warning from {threshold:g}.", parts)
+    said = f"{title}: {value:.3f}, 95 % interval {low:.3f} to {high:.3f}, warning from {threshold:g}."
+    return svg(width, 68, said, parts)

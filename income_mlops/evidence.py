@@ -22,13 +22,13 @@ MAX_FINDINGS = 100  # of each severity
 MAX_EVIDENCE = 8  # rows of a finding's evidence
 TONES = {"error": ("Error", "errors"), "warning": ("Warning", "warnings"), "info": ("Note", "notes")}
 
-# %% ../nbs/06_evidence.ipynb #8f8b5c5c
+# %% ../nbs/06_evidence.ipynb #4e8b4faf
 _ICONS = {"good": "M7 12.5l3.5 3.5L17 9", "warning": "M12 6.5v7M12 17v.4", "error": "M8 8l8 8M16 8l-8 8"}
 
 
 def icon(tone: str) -> Markup:
-    return Markup('<svg viewBox="0 0 24 24" aria-hidden="true"><circle cx="12" cy="12" r="12" fill="currentColor"/><path '
-                  'd="{}" fill="none" stroke="var(--tone-bg)" stroke-width="2.6" stroke-linecap="round" '
+    return Markup('<svg viewBox="0 0 24 24" aria-hidden="true"><circle cx="12" cy="12" r="12" fill="currentColor"/>'
+                  '<path d="{}" fill="none" stroke="var(--tone-bg)" stroke-width="2.6" stroke-linecap="round" '
                   'stroke-linejoin="round"/></svg>').format(_ICONS[tone])
 
 
@@ -40,21 +40,21 @@ def counted(n: int, one: str, many: str = "") -> str:
 def because(a: Analysis) -> str:
     n = a.counts()
     if a.verdict == VERDICTS[2]:
-        return (f"{counted(n['error'], 'error').capitalize()} and {counted(n['warning'], 'warning')}. A model trained on "
-                "this data would learn something wrong: correct the errors, then analyse it again.")
+        return (f"{counted(n['error'], 'error').capitalize()} and {counted(n['warning'], 'warning')}. A model trained "
+                "on this data would learn something wrong: correct the errors, then analyse it again.")
     if a.verdict == VERDICTS[1]:
-        return (f"No error, but {counted(n['warning'], 'warning')}. Clean the data as advised below, or confirm that the "
-                "change is real.")
+        return (f"No error, but {counted(n['warning'], 'warning')}. Clean the data as advised below, or confirm "
+                "that the change is real.")
     notes = f" {counted(n['info'], 'note').capitalize()} below, good to know." if n["info"] else ""
     return f"No error and no warning: the new data matches the old.{notes}"
 
-# %% ../nbs/06_evidence.ipynb #aed8a4de
+# %% ../nbs/06_evidence.ipynb #ee73b709
 def tiles(a: Analysis) -> list[dict[str, str]]:
     old, new, n = a.reference, a.new, a.counts()
     removed, added = set(old.names) - set(new.names), set(new.names) - set(old.names)
     changed = [f"{len(x)} {word}" for x, word in ((removed, "removed"), (added, "added")) if x]
     cells = [sum(c.missing for c in p.columns) / (p.rows * len(p.columns) or 1) for p in (old, new)]
-    notes = ("do not retrain", "clean or confirm", "good to know")
+    notes = ("do not retrain", "clean first", "good to know")
     tiles = [{"name": many.capitalize(), "value": str(n[s]), "more": note, "tone": s if n[s] and s != "info" else ""}
              for (s, (_, many)), note in zip(TONES.items(), notes, strict=True)]
     tiles += [{"name": "Rows", "value": f"{new.rows:,}", "more": f"old {old.rows:,}"},
@@ -62,7 +62,7 @@ def tiles(a: Analysis) -> list[dict[str, str]]:
               {"name": "Missing values", "value": percent(cells[1]), "more": f"old {percent(cells[0])}"},
               {"name": "Repeated rows", "value": f"{new.duplicates:,}", "more": f"old {old.duplicates:,}"}]
     if a.domain:
-        tiles.append({"name": "Told apart", "value": f"{a.domain.auc:.2f}", "more": "0.5 guessing, 1 sure"})
+        tiles.append({"name": "Told apart", "value": f"{a.domain.auc:.2f}", "more": "AUC; 0.5 is alike"})
     return [{"tone": "", **t} for t in tiles]
 
 # %% ../nbs/06_evidence.ipynb #aff1e985
@@ -96,7 +96,7 @@ def _evidence(f: Finding) -> dict[str, Any]:
     pair = [value_text(x, f.check in SHARES) for x in (f.old, f.new)]
     return {"keyed": False, "evidence": [], "omitted": 0, "pair": None if f.old is f.new is None else pair}
 
-# %% ../nbs/06_evidence.ipynb #47b32191
+# %% ../nbs/06_evidence.ipynb #15fd0762
 def is_legible(code: str) -> bool:
     "Whether a code line can be shown as it is: it must not be cut, nor hold invisible marks."
     return bool(code) and code == legible(code, 1500)
@@ -122,7 +122,8 @@ def groups(a: Analysis, anchors: dict[str, str]) -> list[dict[str, Any]]:
         if found:
             shown = [_finding(f, i, a, anchors) for i, f in found[:MAX_FINDINGS]]
             groups.append({"title": f"{len(found)} {one.lower() if len(found) == 1 else many}", "findings": shown,
-                           "meaning": meanings[severity], "omitted": len(found) - len(shown), "small": severity == "info",
+                           "meaning": meanings[severity], "omitted": len(found) - len(shown),
+                           "small": severity == "info",
                            "folded": severity == "info" and (a.verdict != VERDICTS[0] or len(found) > 12)})
     return groups
 
@@ -132,27 +133,39 @@ def cleaning(a: Analysis) -> list[str]:
     lines = dict.fromkeys(f.code for f in a.findings if f.severity != "info" and is_legible(f.code))
     return list(lines)[:MAX_FINDINGS]
 
-# %% ../nbs/06_evidence.ipynb #dc0296bd
+# %% ../nbs/06_evidence.ipynb #285dac20
 LEGEND = (
-    ("Effect", "How far a distribution moved, from 0 (not at all) to 1 (nothing in common): Kolmogorov–Smirnov for numbers, "
-               "total variation for categories."),
-    ("PSI", "Population stability index over the old deciles or the categories. Customary: from 0.1 moderate, from 0.25 major."),
-    ("Jensen–Shannon", "Distance of two distributions by the information that tells them apart, 0 to 1."),
+    ("Effect",
+     "How far a distribution moved, from 0 (not at all) to 1 (nothing in common): Kolmogorov–Smirnov for "
+     "numbers, total variation for categories."),
+    ("PSI",
+     "Population stability index over the old deciles or the categories. Customary: from 0.1 moderate, from "
+     "0.25 major."),
+    ("JS distance", "Jensen–Shannon distance of two distributions by the information that tells them apart, 0 to 1."),
     ("Wasserstein", "How far values were moved on average, in standard deviations (σ) of the old data."),
-    ("p-value", "How often chance alone gives a difference as large. With many rows almost any difference has a small one."))
+    ("p-value",
+     "How often chance alone gives a difference as large. With many rows almost any difference has a small "
+     "one."),
+)
 GLOSSARY = (
     *LEGEND,
-    ("Kolmogorov–Smirnov", "Largest difference of the two cumulative distributions, 0 to 1."),
-    ("Total variation", "Half the sum of the differences of all shares: the part of the rows that changed place, 0 to 1."),
-    ("chi²", "Pearson’s statistic of the counts with its degrees of freedom (dof); it grows with the number of rows."),
+    ("KS distance",
+     "Kolmogorov–Smirnov statistic: the largest difference of the two cumulative distributions, 0 to 1."),
+    ("Total variation",
+     "Half the sum of the differences of all shares: the part of the rows that changed place, 0 to 1."),
+    ("chi²",
+     "Pearson’s statistic of the counts with its degrees of freedom (dof); it grows with the number of rows."),
     ("Pearson’s correlation", "Strength of the linear tie of two numbers, −1 to 1."),
     ("Correlation ratio", "Share of a number’s spread that the groups of a category explain, as a root: 0 to 1."),
     ("Cramér’s V", "Strength of the tie of two categories, from chi²: 0 to 1."),
-    ("Area under the ROC curve", "How often a small model ranks a new row above an old one: 0.5 is guessing, 1 is certainty."),
+    ("Area under the ROC curve",
+     "How often a small model ranks a new row above an old one: 0.5 is guessing, 1 is certainty."),
     ("95 % interval", "Wilson’s for shares, Hanley and McNeil’s for the area under the curve."),
-    ("Missing", "Empty values, the missing markers of the settings, and not-a-number. Distributions are of the others."),
+    ("Missing",
+     "Empty values, the missing markers of the settings, and not-a-number. Distributions are of the others."),
     ("Histograms", "The outer bins hold what lies beyond them."),
-    ("≈", "An estimate: the column has more distinct values than are counted one by one."))
+    ("≈", "An estimate: the column has more distinct values than are counted one by one."),
+)
 
 
 def thresholds(a: Analysis) -> list[dict[str, str]]:

@@ -37,10 +37,11 @@ footer{border-top:1px solid var(--line);padding:2rem 0 3rem;color:var(--soft);fo
 footer dl{display:grid;grid-template-columns:max-content 1fr;gap:.2rem 1.2rem;margin-bottom:1rem}
 """
 
-# %% ../nbs/06_look.ipynb #4385ea7a
+# %% ../nbs/06_look.ipynb #73cbbc67
 PARTS_CSS = """
 .hero{background:var(--tone-bg);border-bottom:1px solid var(--line);padding:3.2rem 0 2.6rem}
-.tone-error{--tone:var(--error);--tone-bg:var(--error-bg)}.tone-warning{--tone:var(--warning);--tone-bg:var(--warning-bg)}
+.tone-error{--tone:var(--error);--tone-bg:var(--error-bg)}
+.tone-warning{--tone:var(--warning);--tone-bg:var(--warning-bg)}
 .tone-info{--tone:var(--info);--tone-bg:var(--info-bg)}.tone-good{--tone:var(--good);--tone-bg:var(--good-bg)}
 .eyebrow{display:block;font-size:1rem;font-weight:400;letter-spacing:0;color:var(--ink);margin-bottom:.9rem}
 .verdict{display:flex;align-items:center;gap:.28em;font-size:clamp(2.3rem,7.5vw,4rem);font-weight:700;color:var(--tone);
@@ -63,7 +64,8 @@ border-radius:99px;padding:.1rem .65rem;white-space:nowrap;text-decoration:none}
 .two{display:grid;grid-template-columns:repeat(auto-fit,minmax(min(100%,20rem),1fr));gap:1.25rem}
 .two .finding{margin:0}.halves{grid-template-columns:repeat(auto-fit,minmax(min(100%,27rem),1fr))}
 .two.wide{grid-template-columns:1fr}.two.three{grid-template-columns:repeat(auto-fit,minmax(min(100%,19rem),1fr))}
-figure figcaption{font-weight:600;margin-bottom:.6rem}
+figure figcaption{font-weight:700;font-size:1.05rem;
+line-height:1.2;letter-spacing:-.015em;margin-bottom:.9rem}
 .column header{display:flex;justify-content:space-between;gap:.8rem;align-items:baseline;margin-bottom:.7rem}
 .figures{display:grid;grid-template-columns:repeat(auto-fill,minmax(5.9rem,1fr));gap:.5rem .8rem;margin-top:.9rem;
 padding-top:.9rem;border-top:1px solid var(--line)}
@@ -74,17 +76,21 @@ caption{text-align:left;padding:.8rem 1rem .3rem;color:var(--soft)}
 th,td{padding:.45rem 1rem;text-align:left;border-top:1px solid var(--line);vertical-align:top}
 thead th{border-top:0;color:var(--soft);font-weight:600;font-size:.8rem;white-space:nowrap}
 .n{text-align:right;white-space:nowrap}th[scope=row]{font-weight:550}
-.evidence{width:auto;justify-self:start;font-size:.86rem}.evidence th,.evidence td{padding:.12rem 1.6rem .12rem 0;border:0}
-.evidence th[scope=row]{font-weight:400}.glossary{display:grid;grid-template-columns:14rem 1fr;gap:.55rem 1.5rem;
+.evidence{width:auto;justify-self:start;font-size:.86rem}
+.evidence th,.evidence td{padding:.12rem 1.6rem .12rem 0;border:0}.evidence th[scope=row]{font-weight:400}
+.column .evidence{width:100%;margin-top:.9rem;border-top:1px solid var(--line)}.column .evidence td,
+.column .evidence thead th{text-align:right;padding-right:0}.column .evidence tr:first-child>*{padding-top:.5rem}
+.glossary{display:grid;grid-template-columns:14rem 1fr;gap:.55rem 1.5rem;
 font-size:.88rem;margin-top:1.25rem}.glossary dt{font-weight:600}
 .key{display:inline-block;width:.75em;height:.75em;border-radius:2px;background:var(--old);margin-right:.35em}
 .key.b{background:none;border:2px solid var(--new)}
 """
 
-# %% ../nbs/06_look.ipynb #3fbf50dd
+# %% ../nbs/06_look.ipynb #651d6495
 NARROW_CSS = """
 @media(max-width:44rem){.stack thead{position:absolute;left:-999rem}.stack tr{display:block;padding:.7rem 1rem;
-border-top:1px solid var(--line)}.stack th,.stack td{display:block;border:0;padding:.05rem 0;text-align:left;white-space:normal}
+border-top:1px solid var(--line)}.stack th{display:block}.stack td{display:inline-block}
+.stack th,.stack td{border:0;padding:.05rem 1rem .05rem 0;text-align:left;white-space:normal}
 .stack td::before{content:attr(data-name) ": ";color:var(--soft)}.stack td:empty{display:none}
 .stack caption{padding-bottom:.7rem}.glossary{grid-template-columns:1fr;gap:.1rem}.glossary dd{margin-bottom:.7rem}}
 @media(max-width:30rem){section{margin:2.6rem 0}.card{padding:1rem}.hero{padding:2.2rem 0 2rem}h2{font-size:1.4rem}}

@@ -79,7 +79,7 @@ NAV = """
 </div></nav>
 """
 
-# %% ../nbs/06_page.ipynb #cfb76ac7
+# %% ../nbs/06_page.ipynb #455a536c
 FINDINGS = """
 {% from "macros" import data %}
 {% macro evidence(f) %}
@@ -94,11 +94,12 @@ FINDINGS = """
 <article class="card finding tone-{{ f.tone }}{{ ' pictured' if f.chart }}" id="finding-{{ f.number }}">
 <header><span class="badge">{{ f.word }}</span><span class="soft small">{{ f.check }}</span>
 {% if f.anchor %}<a class="small" href="#{{ f.anchor }}">{{ data(f.column) }}</a>
-{% else %}<span class="small">{% if f.column %}{{ data(f.column) }}{% else %}the whole table{% endif %}</span>{% endif %}
-</header>
+{% else %}<span class="small">{% if f.column %}{{ data(f.column) }}{% else %}the whole table{% endif %}</span>
+{% endif %}</header>
 <h4>{{ f.message }}</h4>
 {% if f.keyed %}{{ evidence(f) }}{% endif %}
-{% if f.pair %}<p class="pair"><span>old</span> {{ data(f.pair[0], 400) }} <span>→ new</span> {{ data(f.pair[1], 400) }}</p>
+{% if f.pair %}
+<p class="pair"><span>old</span> {{ data(f.pair[0], 400) }} <span>→ new</span> {{ data(f.pair[1], 400) }}</p>
 {% endif %}
 {% if f.advice %}<p class="advice">{{ f.advice }}</p>{% endif %}
 {% if f.code %}<pre tabindex="0" aria-label="Code that would do it"><code>{{ f.code }}</code></pre>{% endif %}
@@ -115,13 +116,13 @@ FINDINGS = """
 {% if g.folded %}</details>{% endif %}
 {% endfor %}
 {% if v.code %}<details><summary>All cleaning lines together ({{ v.code | length }})</summary>
-<p class="soft small">For a polars frame named <code>table</code>. Read each line before running it: they are alternatives
-where they concern the same column.</p>
+<p class="soft small">For a polars frame named <code>table</code>. Read each line before running it: lines
+about the same column are alternatives.</p>
 <pre tabindex="0" aria-label="All cleaning lines"><code>{{ v.code | join("\n") }}</code></pre></details>{% endif %}
 </section>
 """
 
-# %% ../nbs/06_page.ipynb #06e86639
+# %% ../nbs/06_page.ipynb #f76257bb
 WHOLE = """
 {% from "macros" import data %}
 {% if v.target or v.told %}
@@ -146,8 +147,8 @@ WHOLE = """
 COLUMNS = """
 {% from "macros" import data %}
 <section id="columns"><h2>Columns</h2>
-<p class="lead"><span class="key"></span>Old is grey, <span class="key b"></span>new is teal. The columns whose distribution
-moved most come first. {{ v.columns_note }}</p>
+<p class="lead"><span class="key"></span>Old is grey, <span class="key b"></span>new is teal.
+The columns whose distribution moved most come first. {{ v.columns_note }}</p>
 {% if v.ranking %}
 <div class="two halves" style="margin-bottom:1.25rem">
 <figure class="card"><figcaption>How far each column moved</figcaption>{{ v.ranking }}</figure>
@@ -166,18 +167,23 @@ moved most come first. {{ v.columns_note }}</p>
 <dl class="figures">
 {% for name, value in c.figures %}<div><dt>{{ name }}</dt><dd>{{ value }}</dd></div>{% endfor %}
 </dl>
+<table class="evidence"><thead><tr><td></td><th scope="col">old</th><th scope="col">new</th></tr></thead><tbody>
+{% for name, old, new in c.sides %}
+<tr><th scope="row">{{ name }}</th><td>{{ old }}</td><td>{{ new }}</td></tr>
+{% endfor %}
+</tbody></table>
 </article>
 {% endfor %}
 </div></section>
 """
 
-# %% ../nbs/06_page.ipynb #467d1ae8
+# %% ../nbs/06_page.ipynb #1e4ec29e
 CORRELATIONS = """
 {% from "macros" import table %}
 {% if v.maps %}
 <section id="correlations"><h2>Correlations</h2>
-<p class="lead">How strongly columns go together: Pearson between numbers (−1 to 1), the correlation ratio between a category
-and a number, Cramér’s V between categories (both 0 to 1). {{ v.maps_note }}</p>
+<p class="lead">How strongly columns go together: Pearson between numbers (−1 to 1), the correlation ratio between a
+category and a number, Cramér’s V between categories (both 0 to 1). {{ v.maps_note }}</p>
 <div class="two {{ 'wide' if v.maps_wide else 'three' }}">
 {% for m in v.maps %}
 <figure class="card"><figcaption>{{ m.title }}</figcaption>{{ m.chart }}</figure>
@@ -198,12 +204,12 @@ QUALITY = """
 </section>
 """
 
-# %% ../nbs/06_page.ipynb #f39fd976
+# %% ../nbs/06_page.ipynb #b43fefff
 METHOD = """
 {% from "macros" import table %}
 <section id="method"><h2>Thresholds and statistics</h2>
-<p class="lead">Severity follows the size of an effect, not a p-value alone, so that a million rows do not make everything a
-finding. Every threshold is a setting in the section <code>[drift]</code>.</p>
+<p class="lead">Severity follows the size of an effect, not a p-value alone, so that a million rows do not make
+everything a finding. Every threshold is a setting in the section <code>[drift]</code>.</p>
 {{ table("Thresholds used", "setting", [["value", "n"], ["meaning", ""]], v.thresholds) }}
 <h3 style="margin-top:2rem">What each statistic means</h3>
 <dl class="glossary">{% for name, meaning in v.glossary %}<dt>{{ name }}</dt><dd>{{ meaning }}</dd>{% endfor %}</dl>
@@ -216,9 +222,9 @@ FOOTER = """
 </dl><p>One file without scripts that fetches nothing: it can be mailed, printed and archived.</p></div></footer>
 """
 
-# %% ../nbs/06_page.ipynb #3d13dbdd
-PARTS = {"page": PAGE, "macros": MACROS, "hero": HERO, "nav": NAV, "findings": FINDINGS, "whole": WHOLE, "columns": COLUMNS,
-         "correlations": CORRELATIONS, "quality": QUALITY, "method": METHOD, "footer": FOOTER}
+# %% ../nbs/06_page.ipynb #ebddb75b
+PARTS = {"page": PAGE, "macros": MACROS, "hero": HERO, "nav": NAV, "findings": FINDINGS, "whole": WHOLE,
+         "columns": COLUMNS, "correlations": CORRELATIONS, "quality": QUALITY, "method": METHOD, "footer": FOOTER}
 
 
 @cache

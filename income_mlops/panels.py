@@ -25,7 +25,7 @@ from .verdict import VERDICTS, Analysis
 MAX_CARDS = 60  # columns with a picture
 MAX_ROWS = 300  # columns in the table of data quality
 
-# %% ../nbs/06_panels.ipynb #a9ff2c6d
+# %% ../nbs/06_panels.ipynb #cba85720
 def _target(a: Analysis) -> dict[str, Any] | None:
     name = a.reference.target or ""
     old, new = a.reference.column(name), a.new.column(name)
@@ -49,11 +49,12 @@ def _told(a: Analysis) -> dict[str, Any] | None:
     warning = a.thresholds.get("domain_warning", 0.6)
     same = "No: taken together, the columns look as before." if d.auc < warning or d.low <= 0.5 else \
         "Yes: something changed, if not in one column then in how they combine."
-    return {"auc": f"{d.auc:.3f}", "interval": f"95 % interval {d.low:.3f} – {d.high:.3f}, {d.rows:,} rows", "meaning": same,
-            "columns": [(c, percent(s)) for c, s in d.columns[:5] if s >= 0.01],
-            "chart": gauge("Area under the ROC curve of the model that tells old from new", d.auc, d.low, d.high, warning)}
+    title = "Area under the ROC curve of the model that tells old from new"
+    return {"auc": f"{d.auc:.3f}", "interval": f"95 % interval {d.low:.3f} – {d.high:.3f}, {d.rows:,} rows",
+            "meaning": same, "columns": [(c, percent(s)) for c, s in d.columns[:5] if s >= 0.01],
+            "chart": gauge(title, d.auc, d.low, d.high, warning)}
 
-# %% ../nbs/06_panels.ipynb #699ef2ce
+# %% ../nbs/06_panels.ipynb #7b542b00
 def _worst(a: Analysis) -> dict[str, tuple[str, int]]:
     "Of each column its worst severity and the number of that finding."
     out: dict[str, tuple[str, int]] = {}
@@ -67,23 +68,29 @@ def _pair(old: Any, new: Any, form: Any = short) -> str:
     return f"{form(old)} → {form(new)}"
 
 
-def _figures(d: ColumnDrift, a: ColumnProfile, b: ColumnProfile) -> list[tuple[str, str]]:
-    "What is written under a picture."
-    out = [("PSI", f"{d.psi:.3f}"), ("Jensen–Shannon", f"{d.jensen_shannon:.3f}")]
+def _figures(d: ColumnDrift) -> list[tuple[str, str]]:
+    "The distances under a picture."
+    out = [("PSI", f"{d.psi:.3f}"), ("JS distance", f"{d.jensen_shannon:.3f}")]
     if d.kind == "number":
-        out += [("Kolmogorov–Smirnov", f"{d.ks or 0:.3f}"), ("Wasserstein", f"{short(d.wasserstein)} σ")]
+        moved = d.wasserstein or 0.0
+        out += [("KS distance", f"{d.ks or 0:.3f}"),
+                ("Wasserstein", f"{short(moved) if moved > 100 else f'{moved:.3f}'} σ")]
     else:
         out += [("Total variation", f"{d.total_variation:.3f}"), (f"chi² ({d.dof or 0} dof)", short(d.chi2))]
-    out += [("p-value", "< 0.0001" if d.p_value < 1e-4 else f"{d.p_value:.4f}"),
-            ("Missing", _pair(a.missing_share, b.missing_share, percent))]
-    if d.kind == "number":
-        medians = [c.quantiles([0.5])[0] for c in (a, b)]
-        out += [("Mean", _pair(a.mean, b.mean)), ("Median", _pair(*medians)), ("Standard deviation", _pair(a.std, b.std))]
-    else:
-        out.append(("Distinct", _pair(a.distinct, b.distinct)))
-    return out
+    return [*out, ("p-value", "< 0.0001" if d.p_value < 1e-4 else f"{d.p_value:.4f}")]
 
-# %% ../nbs/06_panels.ipynb #6207ee1a
+
+def _sides(a: ColumnProfile, b: ColumnProfile) -> list[tuple[str, str, str]]:
+    "What either table says of a column, in a line each."
+    rows = [("Missing", percent(a.missing_share), percent(b.missing_share))]
+    if a.kind == "number":
+        low, middle, high = zip(*(c.quantiles([0.05, 0.5, 0.95]) for c in (a, b)), strict=True)
+        figures = {"Mean": (a.mean, b.mean), "Standard deviation": (a.std, b.std), "5 % quantile": low,
+                   "Median": middle, "95 % quantile": high}
+        return rows + [(name, short(x), short(y)) for name, (x, y) in figures.items()]
+    return [*rows, ("Distinct", f"{a.distinct:,}", f"{b.distinct:,}")]
+
+# %% ../nbs/06_panels.ipynb #b76c8eab
 def ordered(a: Analysis) -> list[ColumnDrift]:
     "Comparisons of columns, most moved first."
     return sorted(a.drift.values(), key=lambda d: -d.effect)
@@ -99,7 +106,7 @@ def _cards(a: Analysis) -> list[dict[str, Any]]:
         role = "target" if d.column == a.reference.target else "ignored" if d.column in a.reference.ignored else ""
         cards.append({"name": d.column, "anchor": f"column-{i}", "kind": ", ".join(filter(None, (d.kind, role))),
                       "tone": severity or "good", "word": TONES[severity][0] if severity else "Nothing found",
-                      "finding": number, "chart": distribution(d), "figures": _figures(d, old, new)})
+                      "finding": number, "chart": distribution(d), "figures": _figures(d), "sides": _sides(old, new)})
     return cards
 
 
@@ -113,7 +120,7 @@ def effects(a: Analysis) -> Markup:
     rows = [(d.column, d.effect, kind(d.effect)) for d in ordered(a)[:30]]
     return ranking(rows, lines) if rows else Markup()
 
-# %% ../nbs/06_panels.ipynb #c5dea886
+# %% ../nbs/06_panels.ipynb #90042e48
 def _tied(p: Profile, names: set[str]) -> dict[tuple[str, str], float]:
     return {k: v.value for k, v in p.associations.items() if set(k) <= names and math.isfinite(v.value)}
 
@@ -141,13 +148,14 @@ def _tables(a: Analysis) -> list[tuple[str, list[dict[str, str]]]]:
         if after and math.isfinite(before.value) and math.isfinite(after.value):
             change = after.value - before.value
             rows.append((abs(before.value), abs(change), target in (x, y), {
-                "columns": f"{legible(x, 50)} · {legible(y, 50)}", "measure": words[before.measure], "old": f"{before.value:.3f}",
-                "new": f"{after.value:.3f}", "change": f"{change:+.3f}".replace("-", "−")}))
+                "columns": f"{legible(x, 50)} · {legible(y, 50)}", "measure": words[before.measure],
+                "old": f"{before.value:.3f}", "new": f"{after.value:.3f}",
+                "change": f"{change:+.3f}".replace("-", "−")}))
     tables = [("Most tied to the target", sorted((r for r in rows if r[2]), key=lambda r: -r[0])[:6]),
               ("Most changed", sorted(rows, key=lambda r: -r[1])[:6])]
     return [(title, [r[3] for r in some]) for title, some in tables if some]
 
-# %% ../nbs/06_panels.ipynb #baeb1fb7
+# %% ../nbs/06_panels.ipynb #dfe53a86
 def _range(c: ColumnProfile | None) -> str:
     if c is None or not c.present:
         return "–"
@@ -159,7 +167,8 @@ def _range(c: ColumnProfile | None) -> str:
 def _odd(c: ColumnProfile | None, role: str) -> str:
     if c is None:
         return "not in the new data"
-    odd = [(c.constant, "constant"), (c.infinite, f"{c.infinite:,} infinite"), (c.padded, f"{c.padded:,} with outer blanks"),
+    odd = [(c.constant, "constant"), (c.infinite, f"{c.infinite:,} infinite"),
+           (c.padded, f"{c.padded:,} with outer blanks"),
            (c.kind == "category" and c.numeric and role != "target", f"{c.numeric:,} read as numbers"),
            (not c.present, "nothing but missing values")]
     return ", ".join(word for is_so, word in odd if is_so)
@@ -174,7 +183,8 @@ def _quality(a: Analysis) -> list[dict[str, str]]:
         role = "target" if name == old.target else "ignored" if name in old.ignored else "feature"
         types = [c.dtype if c else "–" for c in (x, y)]
         ranges = [_range(x), _range(y)]
-        rows.append({"column": legible(name, 60), "role": role, "type": types[0] if types[0] == types[1] else " → ".join(types),
+        rows.append({"column": legible(name, 60), "role": role,
+                     "type": types[0] if types[0] == types[1] else " → ".join(types),
                      "missing": _pair(x, y, lambda c: percent(c.missing_share) if c else "–"),
                      "distinct": _pair(x, y, lambda c: f"{'' if c.exact else '≈ '}{c.distinct:,}" if c else "–"),
                      "range or most frequent": ranges[0] if ranges[0] == ranges[1] else " → ".join(ranges),
@@ -197,7 +207,7 @@ def _notes(a: Analysis, total: int) -> dict[str, str]:
             "quality_note": _part(min(total, MAX_ROWS), total, "; the profiles hold all")
             or "What is missing, how many values there are and where they lie."}
 
-# %% ../nbs/06_panels.ipynb #b9901809
+# %% ../nbs/06_panels.ipynb #cdf71550
 def view(
     a: Analysis,
     facts: list[tuple[str, str]],  # lines of the footer
@@ -208,12 +218,13 @@ def view(
     sections = [("findings", "Findings", True), ("whole", "As a whole", target or told), ("columns", "Columns", True),
                 ("correlations", "Correlations", pictures), ("quality", "Data quality", True),
                 ("method", "Thresholds and statistics", True)]
-    lead = "The worst first, with the old and the new evidence and what to do about it." if a.findings else "Nothing was found."
+    lead = "The worst first, with the old and the new evidence and what to do about it."
     return {
         "verdict": a.verdict, "tone": tone, "icon": icon(tone), "because": because(a), "tiles": tiles(a),
         "new": legible(a.new.name or "new data", 120), "reference": legible(a.reference.name or "reference", 120),
         "sections": [(anchor, name) for anchor, name, there in sections if there],
-        "groups": groups(a, {c["name"]: c["anchor"] for c in cards}), "code": cleaning(a), "findings_lead": lead,
+        "groups": groups(a, {c["name"]: c["anchor"] for c in cards}), "code": cleaning(a),
+        "findings_lead": lead if a.findings else "Nothing was found.",
         "target": target, "told": told, "ranking": effects(a), "cards": cards, "legend": LEGEND, "maps": pictures,
         "maps_wide": len(a.reference.associated) > 22, "ties": _tables(a), "quality": _quality(a),
         "thresholds": thresholds(a), "glossary": GLOSSARY, "facts": facts,

@@ -20,7 +20,7 @@ from .page import fill
 from .verdict import Analysis
 from .panels import MAX_CARDS, effects, maps, ordered, view
 
-# %% ../nbs/06_report.ipynb #f764d0e9
+# %% ../nbs/06_report.ipynb #8744bd81
 def render(
     analysis: Analysis,
     created: datetime | None = None,  # shown in the footer
@@ -29,7 +29,8 @@ def render(
     "The report as HTML."
     a = analysis
     facts = [("New data", f"{a.new.name or 'table'}, {a.new.rows:,} rows, {len(a.new.names):,} columns"),
-             ("Old data", f"{a.reference.name or 'table'}, {a.reference.rows:,} rows, {len(a.reference.names):,} columns"),
+             ("Old data",
+              f"{a.reference.name or 'table'}, {a.reference.rows:,} rows, {len(a.reference.names):,} columns"),
              *((f"Digest of {k}", v) for k, v in (digests or {}).items())]
     if created:
         facts.append(("Created", f"{created:%Y-%m-%d %H:%M %Z}".strip()))
