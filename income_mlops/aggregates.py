@@ -52,7 +52,7 @@ def heavy_hitters(
     cut = order[bound][1]
     return {level: n - cut for level, n in order[:bound] if n > cut}, cut
 
-# %% ../nbs/03_aggregates.ipynb #6c505698
+# %% ../nbs/03_aggregates.ipynb #813681b0
 Moments = tuple[float, float, float, float]
 "Mean and the sums of the second, third and fourth powers about it."
 
@@ -61,10 +61,10 @@ def moments_of(values: NDArray[np.float64], weights: NDArray[np.float64]) -> Mom
     "Moments of weighted values; zeros if there are none."
     if not len(values):
         return (0.0, 0.0, 0.0, 0.0)
-    mean = float(weights @ values / weights.sum())
+    mean = float((weights * values).sum() / weights.sum())
     d = values - mean
     square = d * d
-    return mean, float(weights @ square), float(weights @ (square * d)), float(weights @ (square * square))
+    return mean, *(float((weights * p).sum()) for p in (square, square * d, square * square))  # type: ignore[return-value]
 
 
 def add_moments(na: int, a: Moments, nb: int, b: Moments) -> Moments:

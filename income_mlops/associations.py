@@ -82,7 +82,7 @@ class Associations(BaseModel):
             out[self.categories[i], self.categories[j]] = Association(measure="cramers_v", value=value, rows=sum(cells))
         return {names: a for names, a in out.items() if np.isfinite(a.value)}
 
-# %% ../nbs/03_associations.ipynb #bc483225
+# %% ../nbs/03_associations.ipynb #e4d31854
 def _bucket(level: str) -> int:
     return zlib.crc32(level.encode()) % LEVELS
 
@@ -108,15 +108,21 @@ def _linear(x: Floats, squares: Floats, there: Floats, shift: Floats) -> list[tu
     return [tuple(float(v) for v in p) for p in out]
 
 
-def _grouped(codes: NDArray[np.int64], width: int, there: Floats, x: Floats, squares: Floats, shift: float) -> Grouped:
-    "Sums of one number by the levels of one category; `there` is 0 where the number is missing."
-    n = np.bincount(codes, there, width + 1)[:width]
-    s = np.bincount(codes, x, width + 1)[:width]
-    rows, total, square = max(n.sum(), 1.0), s.sum(), float(squares.sum() - squares[codes == width].sum())
-    mean = np.divide(s, n, out=np.zeros(width), where=n > 0) + shift
-    return float(shift + total / rows), float(square - total**2 / rows), tuple(n.tolist()), tuple(mean.tolist())
+def _grouped(codes: NDArray[np.int64], width: int, x: Floats, squares: Floats, there: Floats, shift: Floats) -> list[Grouped]:
+    "Sums of each number by the levels of one category."
+    out, absent = [], np.flatnonzero(codes == width)
+    everywhere = np.bincount(codes, minlength=width + 1)[:width].astype(float)
+    for j in range(x.shape[1]):
+        number, known = x[:, j], there[:, j]
+        n = everywhere if known.all() else np.bincount(codes, known, width + 1)[:width]
+        s = np.bincount(codes, number, width + 1)[:width]
+        rows, total = max(n.sum(), 1.0), s.sum()
+        square = float(squares[:, j].sum() - squares[absent, j].sum())
+        mean = np.divide(s, n, out=np.zeros(width), where=n > 0) + shift[j]
+        out.append((float(shift[j] + total / rows), float(square - total**2 / rows), tuple(n.tolist()), tuple(mean.tolist())))
+    return out
 
-# %% ../nbs/03_associations.ipynb #00db3250
+# %% ../nbs/03_associations.ipynb #49fef6e1
 def associate(
     frame: pl.DataFrame,  # (n rows) numbers as Float64, categories as String
     levels: Mapping[str, Sequence[str]],  # every level of each category to associate; numbers are taken from the frame
@@ -132,8 +138,7 @@ def associate(
     squares = x * x
     codes = [_codes(frame[c], sorted(levels[c])) for c in categories]
     width = [min(len(levels[c]), LEVELS) for c in categories]
-    grouped = [_grouped(codes[i], width[i], there[:, j], x[:, j], squares[:, j], shift[j])
-               for i, j in product(range(len(categories)), range(len(numbers)))]
+    grouped = [g for i in range(len(categories)) for g in _grouped(codes[i], width[i], x, squares, there, shift)]
     tables = []
     for i, j in combinations(range(len(categories)), 2):
         size = (width[i] + 1) * (width[j] + 1)

@@ -18,7 +18,7 @@ import click
 if TYPE_CHECKING:
     from income_mlops.settings import Settings
 
-# %% ../nbs/18_cli.ipynb #cbc5223e
+# %% ../nbs/18_cli.ipynb #024c2dec
 USAGE, UNUSABLE, INTERRUPTED = 2, 3, 130
 
 
@@ -29,6 +29,13 @@ def _message(error: Exception) -> str:
     if type(error).__module__.startswith("income_mlops"):
         return str(error)
     return f"{type(error).__name__}: {' '.join(str(error).split())[:500]} (income-mlops --debug … shows where)"
+
+
+def _code(error: Exception) -> int:
+    "The exit code; by name, since importing the classes would take longer than the command."
+    if "DataError" in {c.__name__ for c in type(error).__mro__}:
+        return UNUSABLE
+    return INTERRUPTED if getattr(error, "reason", "") == "SIGINT" else 1
 
 
 def _fail(message: str, code: int) -> NoReturn:
@@ -56,9 +63,9 @@ class Commands(click.Group):
         except Exception as e:
             if self.debug:
                 raise
-            _fail(_message(e), UNUSABLE if "DataError" in {c.__name__ for c in type(e).__mro__} else 1)
+            _fail(_message(e), _code(e))
 
-# %% ../nbs/18_cli.ipynb #3d330187
+# %% ../nbs/18_cli.ipynb #ff6dfbc7
 @click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
              epilog="Exit codes: 0 success, 1 error, 2 wrong usage, 3 unusable input, 130 interrupted.")
 @click.option("--settings", "file", metavar="FILE", type=click.Path(path_type=Path, exists=True, dir_okay=False),
@@ -90,12 +97,9 @@ def _settings() -> "Settings":
 
 def _quiet() -> None:
     "MLflow speaks to developers; a command speaks to its user."
-    import logging
     for name, value in (("MLFLOW_DISABLE_TELEMETRY", "true"), ("GIT_PYTHON_REFRESH", "quiet"),
-                        ("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")):
+                        ("MLFLOW_LOGGING_LEVEL", "WARNING"), ("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")):
         os.environ.setdefault(name, value)
-    for name in ("mlflow", "alembic"):
-        logging.getLogger(name).setLevel(logging.WARNING)
 
 # %% ../nbs/18_cli.ipynb #573c7ca2
 @main.command()
@@ -122,7 +126,7 @@ def serve(port: int | None) -> None:
     from income_mlops.serving import serve as start
     start(_settings(), port=port)
 
-# %% ../nbs/18_cli.ipynb #b615e8a6
+# %% ../nbs/18_cli.ipynb #44598032
 @main.command()
 @click.option("--models", metavar="NAMES", help="Families, separated by commas, instead of the setting models.")
 @click.option("--trials", type=click.IntRange(1), help="Trials per family instead of optimization.n_trials.")
@@ -147,15 +151,16 @@ def train(models: str | None, trials: int | None, timeout: float | None, seed: i
     names = [n.strip() for n in models.split(",") if n.strip()] if models is not None else None
     if names == []:
         raise click.UsageError("--models names no model")
+    from income_mlops.registry import versions
     if first:
-        from income_mlops.registry import versions
         if known := versions(settings):
             click.echo(f"there is one: {known[0].family} version {known[0].version}")
             return
         trials = trials or settings.optimization.initial_n_trials
-    from income_mlops.training import train as run
-    done = run(settings, models=names, n_trials=trials, timeout=timeout, seed=seed, dataset=dataset)
-    click.echo(f"trained: run {done.run_id}")
+    from income_mlops.pipelines import train as run
+    done = run(settings, models=names or (), trials=trials, timeout=timeout, seed=seed, dataset=dataset or "")
+    made = [f"{v.family} version {v.version}" for v in versions(settings) if v.training == done.run_id]
+    click.echo(f"trained {', '.join(sorted(made))} in run {done.run_id}")
 
 # %% ../nbs/18_cli.ipynb #8aa0761e
 def _table(rows: list[dict[str, Any]]) -> None:

@@ -5,8 +5,9 @@
 # %% auto #0
 __all__ = ['ColumnProfile', 'plain', 'profile_columns', 'merge_columns']
 
-# %% ../nbs/03_columns.ipynb #1ad0d3c4
+# %% ../nbs/03_columns.ipynb #933cd282
 from collections.abc import Sequence
+from functools import cached_property
 from typing import Any, Literal
 
 import numpy as np
@@ -18,7 +19,7 @@ from .aggregates import (Moments, add_moments, distinct_estimate, heavy_hitters,
                                      pack_sketch, smallest, unpack, unpack_sketch)
 from .data import DataError
 
-# %% ../nbs/03_columns.ipynb #a77ec154
+# %% ../nbs/03_columns.ipynb #9c7c1ec8
 class ColumnProfile(BaseModel):
     "One column of one table, condensed. Merge two with `merge_columns`."
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -105,6 +106,10 @@ class ColumnProfile(BaseModel):
 
     def points(self) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
         "A number's distribution as ascending values and weights that sum to `present`; empty for a category."
+        return self._points
+
+    @cached_property
+    def _points(self) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
         if self.kind != "number":
             return np.empty(0), np.empty(0)
         if self.exact:

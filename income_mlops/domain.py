@@ -6,7 +6,7 @@
 __all__ = ['Codes', 'Floats', 'BINS', 'TREES', 'DEPTH', 'RATE', 'RIDGE', 'Split', 'Tree', 'auc', 'Domain', 'tell_apart',
            'domain_findings']
 
-# %% ../nbs/05_domain.ipynb #5448116e
+# %% ../nbs/05_domain.ipynb #7838a786
 from typing import Any
 
 import numpy as np
@@ -19,7 +19,7 @@ from .settings import Drift
 
 Codes = NDArray[np.intp]
 Floats = NDArray[np.float64]
-BINS, TREES, DEPTH, RATE, RIDGE = 32, 30, 3, 0.3, 5.0
+BINS, TREES, DEPTH, RATE, RIDGE = 32, 20, 3, 0.3, 5.0
 
 # %% ../nbs/05_domain.ipynb #51026a23
 def _codes(series: pl.Series) -> Codes:

@@ -196,7 +196,7 @@ def _explained(old: Profile, new: Profile, found: dict[str, ColumnDrift], t: Dri
                           message=f"'{x}' looks multiplied by {factor:g}: another unit?", advice="Convert it back.",
                           code=f"table = table.with_columns(pl.col({x!r}) / {factor:g})")
 
-# %% ../nbs/04_drift.ipynb #88d5564c
+# %% ../nbs/04_drift.ipynb #536bfeb6
 def _target(a: ColumnProfile, b: ColumnProfile, t: Drift) -> Iterator[Finding]:
     name = a.name
     if b.missing:
@@ -210,7 +210,8 @@ def _target(a: ColumnProfile, b: ColumnProfile, t: Drift) -> Iterator[Finding]:
                       message=f"The target '{name}' is '{shown(b.values[0])}' in every row: nothing can be learned.",
                       advice="Add rows of the other classes.")
         return
-    d = compare_columns(a, _read_generously(a, b) if a.kind == "category" else b)
+    read = _read_generously(a, b) if a.kind == "category" else b
+    d = compare_columns(a, read if read.present else b)
     level = grade(d.effect, t.target_warning, t.target_error)
     if level and d.p_value < t.significance:
         shares: list[dict[str, Any]] = []
@@ -234,7 +235,7 @@ def _features(found: dict[str, ColumnDrift], t: Drift) -> Iterator[Finding]:
                           message=f"'{d.column}' is distributed differently: {what} {d.effect:.2f}, PSI {d.psi:.2f}.",
                           advice="If the world changed, this is why to retrain; if the feed changed, mend the feed.")
 
-# %% ../nbs/04_drift.ipynb #9e8c1e2a
+# %% ../nbs/04_drift.ipynb #6485fe99
 def softened(finding: Finding) -> Finding:
     "The finding, one severity lower."
     lower: dict[Severity, Severity] = {"error": "warning", "warning": "info", "info": "info"}
@@ -245,6 +246,7 @@ def drift(
     old: Profile,
     new: Profile,
     thresholds: Drift | None = None,  # default: those of `Drift`
+    compared: dict[str, ColumnDrift] | None = None,  # from `compare`, if known
 ) -> list[Finding]:
     "Findings on columns, types, units, the target and the features' distributions."
     t = thresholds or Drift()
@@ -253,9 +255,12 @@ def drift(
         return [Finding(check="no_common_column", column=None, severity="error", old=old.names[:50], new=new.names[:50],
                         message=f"The new data has none of the columns {listed(old.names)}.",
                         advice="This is another table, or its header is missing: the first line must name the columns.")]
-    read = {c: _read_generously(a, b) if (a := old._by_name[c]).kind == (b := new._by_name[c]).kind == "category" else b
-            for c in common}
-    found = compare(old, new.model_copy(update={"columns": tuple(read.values())}))
+    found = dict(compare(old, new) if compared is None else compared)
+    for name, d in found.items():
+        a, b = old._by_name[name], new._by_name[name]
+        if d.kind == "category" and respelled(a, b):
+            read = _read_generously(a, b)
+            found[name] = compare_columns(a, read) if read.present else d
     out = [*_columns(old, new), *_explained(old, new, found, t)]
     known = {f.column for f in out if f.check in ("swapped", "scale")}
     for name in common:

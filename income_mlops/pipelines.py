@@ -20,7 +20,7 @@ def pipeline(
     name: str,  # "train"
 ) -> Path:
     "The notebook of a pipeline. `SettingsError` if it is nowhere."
-    folders = [settings.root, Path(__file__).resolve().parents[1]]
+    folders = [settings.root, Path(datasets.__file__).resolve().parents[1]]
     files = [folder / "nbs" / "pipelines" / f"{name}.ipynb" for folder in folders]
     if found := next((f for f in files if f.is_file()), None):
         return found

@@ -126,7 +126,7 @@ def merge(
     return Profile(name=a.name, rows=a.rows + b.rows, columns=columns, target=a.target, ignored=a.ignored,
                    missing=a.missing, sums=merge_associations(a.sums, b.sums), bound=bound, **shared)
 
-# %% ../nbs/03_profile.ipynb #991f4334
+# %% ../nbs/03_profile.ipynb #b5e05806
 class Profiler:
     "Takes batches, gives their profile."
 
@@ -156,8 +156,8 @@ class Profiler:
 
     def _associate(self, frame: pl.DataFrame, found: list[ColumnProfile]) -> Associations:
         if frame.height > ASSOCIATION_ROWS:
-            rows = np.sort(self._random.choice(frame.height, ASSOCIATION_ROWS, replace=False))
-            frame = frame[rows]
+            strata = (np.arange(ASSOCIATION_ROWS) + self._random.random(ASSOCIATION_ROWS)) / ASSOCIATION_ROWS
+            frame = frame[(strata * frame.height).astype(np.int64)]  # one random row of each equal stretch
         levels = {c.name: [str(v) for v in c.values] for c in found if c.kind == "category" and c.exact}
         usable = [c.name for c in found if c.kind == "number" or c.name in levels]
         if self._associated is None:

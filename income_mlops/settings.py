@@ -96,7 +96,7 @@ class Runs(Section):
     end_timeout: Seconds = 60
     "Seconds to try telling MLflow that a notebook has ended, while it does not answer."
 
-# %% ../nbs/00_settings.ipynb #1121ac4e
+# %% ../nbs/00_settings.ipynb #94eafc72
 class Drift(Section):
     model_config = ConfigDict(use_attribute_docstrings=True)
     distance_warning: Share = 0.1
@@ -135,7 +135,7 @@ class Drift(Section):
     "Growth of the share of pairs of rows with equal features that differ in the target: warning."
     domain_warning: Annotated[float, Field(ge=0.5, le=1)] = 0.6
     "Area under the ROC curve of a small model that tells old rows from new: warning."
-    domain_rows: Annotated[int, Field(ge=100)] = 6_000
+    domain_rows: Annotated[int, Field(ge=100)] = 5_000
     "Rows of either table that this model sees at most."
 
 # %% ../nbs/00_settings.ipynb #8053a9c8

@@ -7,9 +7,10 @@ __all__ = ['Array', 'Candidate', 'requirements', 'Trainer', 'dataset_input', 'lo
            'log_model', 'log_serving', 'example_rows', 'best', 'against_champion', 'register', 'plot_data',
            'plot_studies']
 
-# %% ../nbs/13_training.ipynb #a4ecc44a
+# %% ../nbs/13_training.ipynb #cafc4b76
 import json
 import tempfile
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, version
@@ -92,15 +93,18 @@ class Trainer:
             mlflow.set_tag("family", candidate.name)
             yield candidate.run_id
 
-# %% ../nbs/13_training.ipynb #97c9900c
+# %% ../nbs/13_training.ipynb #f6b2f727
 def dataset_input(
     dataset: Dataset,
     name: str,
 ) -> Any:
     "The training rows as an MLflow dataset whose digest is our own: MLflow's looks at the first 10,000 rows."
     import mlflow.data
-    return mlflow.data.from_pandas(dataset.train.to_pandas(), source=str(dataset.train_path), name=name,
-                                   targets=dataset.schema.target, digest=dataset.manifest.train_digest)
+    with warnings.catch_warnings():
+        # a local path has two resolvers in MLflow, both right
+        warnings.filterwarnings("ignore", message="The specified dataset source can be interpreted in multiple ways")
+        return mlflow.data.from_pandas(dataset.train.to_pandas(), source=str(dataset.train_path), name=name,
+                                       targets=dataset.schema.target, digest=dataset.manifest.train_digest)
 
 
 def log_data(
@@ -143,7 +147,7 @@ def tune(
     candidate.tuned = tuned
     return tuned
 
-# %% ../nbs/13_training.ipynb #fba42538
+# %% ../nbs/13_training.ipynb #24121ae7
 def evaluate(
     trainer: Trainer,
     candidate: Candidate,
@@ -154,7 +158,7 @@ def evaluate(
     candidate.pipeline = candidate.model.fit(trainer.X, trainer.y, tuned.params, tuned.rounds)
     holdout = trainer.dataset.holdout
     X, y = to_frame(holdout, schema), to_labels(holdout, schema)
-    p = candidate.probabilities = candidate.pipeline.predict_proba(X)[:, 1]
+    p = candidate.probabilities = candidate.pipeline.predict_proba(X)[:, 1].astype(np.float64)
     first, threshold = trainer.dataset.manifest.original_holdout_rows, trainer.settings.serving.threshold
     result = candidate.evaluation = {
         "family": candidate.name, "dataset": trainer.dataset.id, "threshold": threshold,

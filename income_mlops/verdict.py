@@ -5,12 +5,13 @@
 # %% auto #0
 __all__ = ['MAX_DOMAIN_COLUMNS', 'Verdict', 'VERDICTS', 'Progress', 'verdict_of', 'Analysis', 'analyze']
 
-# %% ../nbs/05_verdict.ipynb #810eb66f
+# %% ../nbs/05_verdict.ipynb #1aa2ff98
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
 import polars as pl
 from pydantic import BaseModel, ConfigDict
 
@@ -111,11 +112,11 @@ def _observe(table: Table, settings: Settings, make: Callable[[], Rows], told: C
     assert seen.profiler.result is not None
     return seen.profiler.result, seen.rows
 
-# %% ../nbs/05_verdict.ipynb #b235c5b5
-def _findings(old: Profile, new: Profile, settings: Settings) -> list[Finding]:
+# %% ../nbs/05_verdict.ipynb #c06c553f
+def _findings(old: Profile, new: Profile, found: dict[str, ColumnDrift], settings: Settings) -> list[Finding]:
     "What two profiles tell."
     t = settings.drift
-    out = drift(old, new, t)
+    out = drift(old, new, t, found)
     values = frozenset(f.column for f in out if f.column and f.check in ("swapped", "scale"))
     ties = values | {f.column for f in out if f.column and f.check == "type_changed" and f.severity != "info"}
     return [*out, *quality(old, new, t, values), *relations(old, new, t, ties)]
@@ -131,7 +132,7 @@ def _domain_columns(found: dict[str, ColumnDrift], new: Profile) -> list[str]:
     names = [c for c in found if c not in new.ignored]
     return names if len(names) <= MAX_DOMAIN_COLUMNS else sorted(names, key=lambda c: -found[c].effect)[:MAX_DOMAIN_COLUMNS]
 
-# %% ../nbs/05_verdict.ipynb #b3eba866
+# %% ../nbs/05_verdict.ipynb #3bf018a3
 def analyze(
     new: Table,  # a CSV or Parquet file of any size, or a frame; may lack columns, even the target
     reference: Table | Profile,  # what the model was trained on; of a profile alone no rows can be compared
@@ -152,11 +153,13 @@ def analyze(
     sample = max(50, min(settings.drift.domain_rows, 3_000_000 // max(width, 1)))
     held, watch = None, None
     if holdout is not None and features:
-        held = pour(holdout, lambda: _Hasher(named.missing, Rows(shared, features, target))).rows
-        watch = held.kept()["whole"].unique()
+        held = pour(holdout, lambda: _Hasher(named.missing, Rows(shared, features, target, {}))).rows
+        watch = np.unique(held.kept()[0])
+
+    labels: dict[str, int] = {}
 
     def make() -> Rows:
-        return Rows(shared if features else [], features, target, watch, sample)
+        return Rows(shared if features else [], features, target, labels, watch, sample)
 
     if isinstance(reference, Profile):
         old_profile, old = reference, None
@@ -166,7 +169,7 @@ def analyze(
     if progress:
         progress("comparing", 0.9)
     found = compare(old_profile, new_profile)
-    findings, domain = _findings(old_profile, new_profile, settings), None
+    findings, domain = _findings(old_profile, new_profile, found, settings), None
     if old is not None and features:
         findings += check_rows(old, fresh, held, settings.drift)
         domain = tell_apart(old.sample, fresh.sample, _domain_columns(found, new_profile))
