@@ -133,7 +133,7 @@ def cleaning(a: Analysis) -> list[str]:
     lines = dict.fromkeys(f.code for f in a.findings if f.severity != "info" and is_legible(f.code))
     return list(lines)[:MAX_FINDINGS]
 
-# %% ../nbs/06_evidence.ipynb #285dac20
+# %% ../nbs/06_evidence.ipynb #8cb1f507
 LEGEND = (
     ("Effect",
      "How far a distribution moved, from 0 (not at all) to 1 (nothing in common): Kolmogorov–Smirnov for "
@@ -169,5 +169,5 @@ GLOSSARY = (
 
 
 def thresholds(a: Analysis) -> list[dict[str, str]]:
-    meanings = {k: f.description or "" for k, f in Drift.model_fields.items()}
+    meanings = {k: f.description or "The same: error." for k, f in Drift.model_fields.items()}
     return [{"setting": k, "value": short(float(v)), "meaning": meanings.get(k, "")} for k, v in a.thresholds.items()]

@@ -79,7 +79,7 @@ NAV = """
 </div></nav>
 """
 
-# %% ../nbs/06_page.ipynb #455a536c
+# %% ../nbs/06_page.ipynb #55d7bf6c
 FINDINGS = """
 {% from "macros" import data %}
 {% macro evidence(f) %}
@@ -109,8 +109,9 @@ FINDINGS = """
 <section id="findings"><h2>Findings</h2>
 <p class="lead">{{ v.findings_lead }}</p>
 {% for g in v.groups %}
-{% if g.folded %}<details><summary>{{ g.title }}</summary>{% endif %}
+{% if g.folded %}<details><summary>{% endif %}
 <h3 class="severity">{{ g.title }} <span class="soft">– {{ g.meaning }}</span></h3>
+{% if g.folded %}</summary>{% endif %}
 <div{{ ' class="two halves"' | safe if g.small }}>{% for f in g.findings %}{{ finding(f) }}{% endfor %}</div>
 {% if g.omitted %}<p class="soft">{{ g.omitted }} more are in findings.json.</p>{% endif %}
 {% if g.folded %}</details>{% endif %}
