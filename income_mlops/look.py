@@ -86,12 +86,13 @@ font-size:.88rem;margin-top:1.25rem}.glossary dt{font-weight:600}
 .key.b{background:none;border:2px solid var(--new)}
 """
 
-# %% ../nbs/06_look.ipynb #62088f72
+# %% ../nbs/06_look.ipynb #48434529
 NARROW_CSS = """
 @media(max-width:44rem){.stack thead{position:absolute;left:-999rem}.stack tr{display:block;padding:.7rem 1rem;
 border-top:1px solid var(--line)}.stack th{display:block}.stack td{display:inline-block}
 .stack th,.stack td{border:0;padding:.05rem 1rem .05rem 0;text-align:left;white-space:normal}
-.stack td::before{content:attr(data-name) ": ";color:var(--soft)}.stack td:empty{display:none}
+.stack td::before{content:attr(data-name) ": ";color:var(--soft)}
+.stack td:empty{display:none}
 .stack caption{padding-bottom:.7rem}.glossary{grid-template-columns:1fr;gap:.1rem}.glossary dd{margin-bottom:.7rem}}
 @media(max-width:30rem){section{margin:2.6rem 0}.card{padding:1rem}.hero{padding:2.2rem 0 2rem}h2{font-size:1.4rem}}
 @media(prefers-reduced-motion:reduce){html{scroll-behavior:auto}}
