@@ -66,6 +66,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                              'income_mlops/associations.py'),
                                            'income_mlops.associations.Associations.width': ( 'associations.html#associations.width',
                                                                                              'income_mlops/associations.py'),
+                                           'income_mlops.associations._about_mean': ( 'associations.html#_about_mean',
+                                                                                      'income_mlops/associations.py'),
                                            'income_mlops.associations._add_grouped': ( 'associations.html#_add_grouped',
                                                                                        'income_mlops/associations.py'),
                                            'income_mlops.associations._add_linear': ( 'associations.html#_add_linear',
