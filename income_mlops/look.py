@@ -8,7 +8,7 @@ __all__ = ['BASE_CSS', 'PARTS_CSS', 'NARROW_CSS', 'CSS']
 # %% ../nbs/06_look.ipynb #2bc23c2e
 from .canvas import CHART_CSS, PALETTE
 
-# %% ../nbs/06_look.ipynb #55f00b62
+# %% ../nbs/06_look.ipynb #b5386b7f
 BASE_CSS = """
 *{box-sizing:border-box}html{scroll-behavior:smooth;scroll-padding-top:4.5rem;-webkit-text-size-adjust:100%}
 body{margin:0;background:var(--bg);color:var(--ink);font:16px/1.6 system-ui,-apple-system,"Segoe UI",Roboto,
@@ -31,7 +31,8 @@ nav .in{display:flex;gap:1.4rem;overflow-x:auto;white-space:nowrap;padding-top:.
 scrollbar-width:none}nav a{text-decoration:none;font-size:.9rem;color:var(--soft);padding:.15rem 0}
 nav a:hover{color:var(--ink)}
 summary{cursor:pointer;padding:.6rem 0;font-weight:600}
-h3.severity{margin-top:2rem}summary h3{display:inline}h3.severity span{font-weight:400}.legend{margin:.7rem 0 1rem;font-size:.9rem}
+h3.severity{margin-top:2rem}summary h3{display:inline}h3.severity span{font-weight:400}
+.legend{margin:.7rem 0 1rem;font-size:.9rem}
 .legend dt{font-weight:600}.legend dd{color:var(--soft);margin-bottom:.6rem}
 footer{border-top:1px solid var(--line);padding:2rem 0 3rem;color:var(--soft);font-size:.86rem}
 footer dl{display:grid;grid-template-columns:max-content 1fr;gap:.2rem 1.2rem;margin-bottom:1rem}
@@ -86,7 +87,7 @@ font-size:.88rem;margin-top:1.25rem}.glossary dt{font-weight:600}
 .key.b{background:none;border:2px solid var(--new)}
 """
 
-# %% ../nbs/06_look.ipynb #48434529
+# %% ../nbs/06_look.ipynb #b16c0341
 NARROW_CSS = """
 @media(max-width:44rem){.stack thead{position:absolute;left:-999rem}.stack tr{display:block;padding:.7rem 1rem;
 border-top:1px solid var(--line)}.stack th{display:block}.stack td{display:inline-block}
@@ -96,7 +97,8 @@ border-top:1px solid var(--line)}.stack th{display:block}.stack td{display:inlin
 .stack caption{padding-bottom:.7rem}.glossary{grid-template-columns:1fr;gap:.1rem}.glossary dd{margin-bottom:.7rem}}
 @media(max-width:30rem){section{margin:2.6rem 0}.card{padding:1rem}.hero{padding:2.2rem 0 2rem}h2{font-size:1.4rem}}
 @media(prefers-reduced-motion:reduce){html{scroll-behavior:auto}}
-@media print{@page{margin:14mm}body{background:#fff;font-size:10.5pt}nav,.skip{display:none}.hero{padding:.5rem 1rem 1.2rem}
+@media print{@page{margin:14mm}body{background:#fff;font-size:10.5pt}nav,.skip{display:none}
+.hero{padding:.5rem 1rem 1.2rem}
 .hero,.badge,rect,path,.key{print-color-adjust:exact;-webkit-print-color-adjust:exact}main,.in{max-width:none;padding:0}
 .card,.tile,tr,figure{break-inside:avoid}h2,h3,summary,header{break-after:avoid}section{margin:1.6rem 0}
 .scroll{overflow:visible}table{font-size:8.5pt}th,td{padding:.25rem .5rem}.two{grid-template-columns:1fr 1fr}
