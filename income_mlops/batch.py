@@ -208,7 +208,8 @@ def predict_file(
     progress: Callable[[int], Any] = lambda rows: None,  # told the number of rows after each chunk
 ) -> int:
     "Predict every row of a file with the served model. The number of rows; `DataError`, `registry.NoModel`."
-    from income_mlops.registry import choose, download, download_model, load_pipeline
+    from income_mlops.promotion import choose
+    from income_mlops.registry import download, download_model, load_pipeline
     file = Path(file)
     scan_table(file)  # a file that cannot be read is said before a model is fetched
     version = choose(settings).version

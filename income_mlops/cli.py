@@ -211,7 +211,7 @@ def promote(family: str, version: str, alias: str) -> None:
       income-mlops promote XGBoost newest --alias staging
     """
     _quiet()
-    from income_mlops.registry import promote as move
+    from income_mlops.promotion import promote as move
     done = move(_settings(), family, version, alias)
     click.echo(f"{done.name} version {done.version} is {', '.join(done.aliases)}")
 

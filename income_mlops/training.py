@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from . import evaluation, registry
+from . import evaluation, promotion, registry
 from .datasets import Dataset, load
 from .models import BaseModel, ModelFactory, Tuned
 from .processing import to_frame, to_labels
@@ -241,7 +241,7 @@ def against_champion(
     import mlflow
     challenger = best(trainer)
     try:
-        champion = registry.choose(trainer.settings).version
+        champion = promotion.choose(trainer.settings).version
     except registry.NoModel:
         result: dict[str, Any] = {"challenger": challenger.name, "champion": None, "verdict": "first model"}
     else:
