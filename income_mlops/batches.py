@@ -59,7 +59,7 @@ def _widened(error: Exception, types: dict[str, Any]) -> dict[str, Any] | None:
     number = found[1].startswith(("i", "u")) and found[2] not in types
     return {**types, found[2]: pl.Float64 if number else pl.String}
 
-# %% ../nbs/03_batches.ipynb #c28ec401
+# %% ../nbs/03_batches.ipynb #94d8b4f4
 def pour(
     source: Table,  # a CSV or Parquet file, or a frame
     make: Callable[[], S],  # makes what takes the batches, anew if reading has to start again
@@ -81,7 +81,7 @@ def pour(
                 if not isinstance(source, pl.DataFrame):
                     read_table(source)  # says which line is at fault
                 raise DataError(f"{name}: {str(e).splitlines()[0]}") from e
-            types, infer = wider, None if len(wider) > 20 else infer  # many misfits: look at every row once
+            types, infer = ({}, None) if len(wider) > 20 else (wider, infer)  # many misfits: look at every row once
         else:
             if not rows:
                 raise DataError(f"{name}: has a header but no rows")

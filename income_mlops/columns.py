@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['ColumnProfile', 'plain', 'profile_columns', 'merge_columns']
 
-# %% ../nbs/03_columns.ipynb #933cd282
+# %% ../nbs/03_columns.ipynb #720d30d2
 from collections.abc import Sequence
 from functools import cached_property
 from typing import Any, Literal
@@ -15,11 +15,11 @@ import polars as pl
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict
 
-from .aggregates import (Moments, add_moments, distinct_estimate, heavy_hitters, moments_of, new_sketch, pack,
-                                     pack_sketch, smallest, unpack, unpack_sketch)
+from .aggregates import (Moments, add_moments, distinct_estimate, heavy_hitters, moments_of, new_sketch,
+                                     pack, pack_sketch, smallest, unpack, unpack_sketch)
 from .data import DataError
 
-# %% ../nbs/03_columns.ipynb #9c7c1ec8
+# %% ../nbs/03_columns.ipynb #fcf63de7
 class ColumnProfile(BaseModel):
     "One column of one table, condensed. Merge two with `merge_columns`."
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -114,9 +114,10 @@ class ColumnProfile(BaseModel):
             return np.empty(0), np.empty(0)
         if self.exact:
             return np.array(self.values, float), np.array(self.counts, float)
-        pairs = np.array(list(unpack_sketch(self.sketch)), float)
-        pairs = pairs[np.argsort(pairs[:, 0], kind="stable")]
-        return pairs[:, 0], pairs[:, 1] * (self.present / pairs[:, 1].sum())
+        sketch = unpack_sketch(self.sketch)
+        values = np.unique([value for value, _ in sketch])  # their weights are wrong after a merge (datasketches 5.2)
+        cumulative = np.array(sketch.get_cdf(values.tolist(), True)[:-1])
+        return values, np.diff(cumulative, prepend=0.0) * self.present
 
     def quantiles(self, q: Sequence[float]) -> list[float]:
         "The smallest values at or below which a share `q` of the values lies (inverted distribution function)."
@@ -132,12 +133,12 @@ class ColumnProfile(BaseModel):
         values, weights = self.points()
         return np.histogram(values, np.asarray(edges, float), weights=weights)[0].astype(float)
 
-# %% ../nbs/03_columns.ipynb #e5f90e39
+# %% ../nbs/03_columns.ipynb #92a9f29f
 def plain(
     frame: pl.DataFrame,
     missing: Sequence[str] = (),  # texts that mean a missing value
 ) -> pl.DataFrame:
-    "The frame with numbers as Float64, everything else as String, missing values as null."
+    "The frame with numbers (and durations, in seconds) as Float64, everything else as String, missing values as null."
     out: list[pl.Expr] = []
     for name, dtype in frame.schema.items():
         c = pl.col(name)
@@ -147,6 +148,8 @@ def plain(
             out.append(c.cast(pl.Float64).fill_nan(None) + 0.0)  # -0.0 is 0.0
         elif dtype == pl.String:
             out.append(c.replace(dict.fromkeys(missing)) if missing else c)
+        elif dtype == pl.Duration:
+            out.append(c.dt.total_microseconds() / 1e6)
         elif dtype == pl.Binary:
             out.append(c.bin.encode("hex"))
         else:
@@ -173,7 +176,7 @@ def _numbers(name: str, rows: int, missing: int, values: NDArray[np.float64], co
     hashes = smallest(pl.Series(values).hash().to_numpy(), bound)
     return ColumnProfile(**shared, exact=False, sketch=pack_sketch(sketch), hashes=pack(hashes))
 
-# %% ../nbs/03_columns.ipynb #0e9745b3
+# %% ../nbs/03_columns.ipynb #3f530abd
 def _texts(name: str, rows: int, missing: int, levels: pl.Series, counts: pl.Series, dtype: Any,
            bound: int) -> ColumnProfile:
     if not len(levels):
@@ -193,7 +196,8 @@ def _texts(name: str, rows: int, missing: int, levels: pl.Series, counts: pl.Ser
     kept, error = heavy_hitters(dict(zip(levels.to_list(), counts.to_list(), strict=True)), bound)
     exact = len(levels) <= bound
     hashes = None if exact else pack(smallest(levels.hash().to_numpy(), bound))
-    return ColumnProfile(**facts, values=tuple(kept), counts=tuple(kept.values()), exact=exact, error=error, hashes=hashes)
+    return ColumnProfile(**facts, values=tuple(kept), counts=tuple(kept.values()), exact=exact, error=error,
+                         hashes=hashes)
 
 # %% ../nbs/03_columns.ipynb #89e00110
 def profile_columns(

@@ -71,13 +71,13 @@ def wasserstein(a: Points, b: Points) -> float:
     grid, f, g = _cumulative(a, b)
     return float(np.abs(f - g)[:-1] @ np.diff(grid))
 
-# %% ../nbs/04_comparison.ipynb #d7deb3c8
+# %% ../nbs/04_comparison.ipynb #78b082e4
 def chi2_tail(
     x: float,  # chi² statistic
     dof: int,  # degrees of freedom, at least 1
 ) -> float:
     "Probability that chi² is `x` or more."
-    if x <= 0:
+    if x < 1e-300:
         return 1.0
     half, odd = x / 2, dof % 2
     start = math.erfc(math.sqrt(half)) if odd else 0.0
@@ -118,7 +118,7 @@ def chi2(old: Floats, new: Floats) -> tuple[float, int]:
     expected = np.outer(table.sum(1), table.sum(0)) / table.sum()
     return float(((table - expected) ** 2 / expected).sum()), table.shape[1] - 1
 
-# %% ../nbs/04_comparison.ipynb #7ebbdfc6
+# %% ../nbs/04_comparison.ipynb #aecb7a1d
 class ColumnDrift(BaseModel):
     "How far a column's new distribution is from the old one. Missing values have no part in it."
     model_config = ConfigDict(frozen=True)
@@ -128,6 +128,8 @@ class ColumnDrift(BaseModel):
     "Kolmogorov–Smirnov of a number, total variation of a category: 0 to 1."
     p_value: float
     psi: float
+    psi_noise: float
+    "What `psi` would be on average by chance: (bins − 1)(1/n + 1/m)."
     jensen_shannon: float
     total_variation: float
     "Of numbers, like the two above, over the old deciles."
@@ -138,6 +140,8 @@ class ColumnDrift(BaseModel):
     dof: int | None = None
     error: float = 0.0
     "Largest error of `effect` that sketches can cause (99 % confidence); 0: exact."
+    noise: float = 0.0
+    "What `effect` would be on average if nothing but chance differed."
     labels: tuple[str, ...] = ()
     "Bins or categories of a picture, at most 20 and the rest."
     edges: tuple[float, ...] = ()
@@ -152,7 +156,7 @@ def binned(points: Points, edges: Floats) -> Floats:
     inside = np.searchsorted(edges[1:-1], points[0], side="left")
     return np.asarray(np.bincount(inside, points[1], len(edges) - 1) / points[1].sum())
 
-# %% ../nbs/04_comparison.ipynb #6224c0d0
+# %% ../nbs/04_comparison.ipynb #7e23805f
 def _picture(a: ColumnProfile, b: ColumnProfile) -> tuple[Floats, tuple[str, ...]]:
     "Edges and labels: a bin per value if there are few, else equal widths over what is common."
     values = np.union1d(a.points()[0], b.points()[0])
@@ -172,10 +176,12 @@ def _compare_numbers(a: ColumnProfile, b: ColumnProfile) -> ColumnDrift:
     shares = binned(p, cuts), binned(q, cuts)
     edges, labels = _picture(a, b)
     apart, scale = ks(p, q), a.std or abs(a.mean or 0.0) or 1.0
+    noise = math.sqrt(math.pi / 2) * math.log(2) * math.sqrt(1 / a.present + 1 / b.present)  # Kolmogorov's mean
     return ColumnDrift(
         column=a.name, kind="number", effect=apart, ks=apart, wasserstein=wasserstein(p, q) / scale,
-        p_value=kolmogorov_tail(apart, a.present, b.present), psi=psi(*shares), jensen_shannon=jensen_shannon(*shares),
-        total_variation=total_variation(*shares), error=a.rank_error + b.rank_error, labels=labels,
+        p_value=kolmogorov_tail(apart, a.present, b.present), psi=psi(*shares),
+        psi_noise=len(deciles) * (1 / a.present + 1 / b.present), jensen_shannon=jensen_shannon(*shares),
+        total_variation=total_variation(*shares), error=a.rank_error + b.rank_error, noise=noise, labels=labels,
         edges=tuple(edges.tolist()), old=tuple(binned(p, edges).tolist()), new=tuple(binned(q, edges).tolist()))
 
 
@@ -187,12 +193,14 @@ def _compare_categories(a: ColumnProfile, b: ColumnProfile) -> ColumnDrift:
               for s, c in zip(sides, (a, b), strict=True)]
     p, q = (c / c.sum() for c in counts)
     statistic, dof = chi2(*counts)
-    moved = total_variation(p, q)
+    moved, pooled = total_variation(p, q), (counts[0] + counts[1]) / (a.present + b.present)
+    noise = np.sqrt(pooled * (1 - pooled) * (1 / a.present + 1 / b.present) / (2 * np.pi)).sum()  # of a normal's |x|
     shown = [(*x[:MAX_BARS].tolist(), *([float(x[MAX_BARS:].sum())] if x[MAX_BARS:].any() else [])) for x in (p, q)]
     n = max(map(len, shown))
     return ColumnDrift(
         column=a.name, kind="category", effect=moved, p_value=chi2_tail(statistic, dof) if dof else 1.0, psi=psi(p, q),
-        jensen_shannon=jensen_shannon(p, q), total_variation=moved, chi2=statistic, dof=dof,
+        psi_noise=dof * (1 / a.present + 1 / b.present),
+        jensen_shannon=jensen_shannon(p, q), total_variation=moved, chi2=statistic, dof=dof, noise=float(noise),
         error=a.error * len(a.values) / a.present + b.error * len(b.values) / b.present,
         labels=(*map(str, levels[:MAX_BARS]), REST)[:n], old=(*shown[0], 0.0)[:n], new=(*shown[1], 0.0)[:n])
 

@@ -91,10 +91,10 @@ class Profile(BaseModel):
         share = (n - 1).sum() / n.sum()
         return float(self.rows * np.sqrt((((n - 1) - share * n) ** 2).sum() / (len(n) - 1) / len(n)) / n.mean())
 
-# %% ../nbs/03_profile.ipynb #cb4df560
+# %% ../nbs/03_profile.ipynb #dffd32fa
 def _count_rows(hashes: np.ndarray[Any, Any], counts: np.ndarray[Any, Any] | None, k: int) -> tuple[Any, Any]:
     "The `k` smallest distinct hashes and how often each occurs."
-    if counts is None and len(hashes) > 64 * k:  # nothing above this can be among the k smallest, unless rows repeat a lot
+    if counts is None and len(hashes) > 64 * k:  # nothing above can be among the k smallest, unless rows repeat a lot
         low = hashes[hashes <= np.uint64(8 * k / len(hashes) * 2**64)]
         if len(np.unique(low)) >= k:
             hashes = low
@@ -165,13 +165,14 @@ class Profiler:
             self._associated = _most_associated(frame, usable, levels, target)
         return associate(frame.select(c for c in self._associated if c in usable), levels)
 
-# %% ../nbs/03_profile.ipynb #7c729f88
+# %% ../nbs/03_profile.ipynb #0a78d28f
 def hash_rows(
     frame: pl.DataFrame,  # from `plain`
     names: list[str] | None = None,  # columns to hash; default: all
 ) -> pl.Series:
     "A 64-bit hash per row, whatever the order of the columns. Stable within one version of polars."
-    return frame.select(sorted(frame.columns if names is None else names)).hash_rows(seed=17)
+    chosen = frame.select(sorted(frame.columns if names is None else names))
+    return chosen.hash_rows(seed=17) if chosen.width else pl.repeat(0, frame.height, dtype=pl.UInt64, eager=True)
 
 
 def _most_associated(

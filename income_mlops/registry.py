@@ -203,7 +203,20 @@ def _create(client: Any, name: str, run_id: str, model_uri: str, tags: dict[str,
     client.set_logged_model_tags(model_id, {"mlflow.modelVersions": json.dumps([{"name": name, "version": str(made)}])})
     return made
 
-# %% ../nbs/10_registry.ipynb #a735dbde
+# %% ../nbs/10_registry.ipynb #d3fabb54
+def _set_newest(client: Any, name: str, number: int) -> None:
+    "Move `newest` to this version, unless it is on a later one."
+    from mlflow.exceptions import MlflowException
+    for last in (False, True):
+        if int(client.get_registered_model(name).aliases.get(NEWEST, 0)) >= number:
+            return
+        try:
+            client.set_registered_model_alias(name, NEWEST, str(number))
+        except MlflowException:  # two that set a new alias at the same moment: one of them fails
+            if last:
+                raise
+
+
 def register(
     settings: Settings,
     run_id: str,  # the family's nested run
@@ -219,9 +232,7 @@ def register(
     with asking(settings) as client:
         known = _known(client, name, run_id)
         number = known[0] if known else _create(client, name, run_id, model_uri, words | ({"job": job} if job else {}))
-        current = client.get_registered_model(name).aliases
-        if int(current.get(NEWEST, 0)) < number:
-            client.set_registered_model_alias(name, NEWEST, str(number))
+        _set_newest(client, name, number)
         return next(v for v in versions_of(client, settings, {name: aliases(settings)[name]}) if v.version == number)
 
 # %% ../nbs/10_registry.ipynb #51c80263

@@ -98,6 +98,7 @@ class Runs(Section):
 
 # %% ../nbs/00_settings.ipynb #94eafc72
 class Drift(Section):
+    model_config = ConfigDict(use_attribute_docstrings=True)
     distance_warning: Share = 0.1
     "Kolmogorov–Smirnov (numbers) or total variation (categories) of a feature's old and new distribution: warning."
     distance_error: Share = 0.5

@@ -13,7 +13,7 @@ import pytest
 from serving_helpers import Api, MlflowServer, Rows, copy_store, make_settings, train, wait_for
 from starlette.testclient import TestClient
 
-from income_mlops import promotion, registry
+from income_mlops import promotion
 from income_mlops.data import Column, Schema
 from income_mlops.requests import BadRequest, RequestModel, body_schema, typical_row
 from income_mlops.serving import ServingError, create_app, serve
@@ -77,6 +77,29 @@ def shared(template, tmp_path_factory):
         served = Served(settings, client)
         wait_for(lambda: served.loader.served, what="a model")
         yield served
+
+
+@pytest.fixture(scope="module")
+def life(tmp_path_factory):
+    """The service, and a real MLflow server that takes its time to start."""
+    folder = tmp_path_factory.mktemp("life")
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    settings = make_settings(folder / "project", f"http://127.0.0.1:{port}")
+    mlflow = MlflowServer(folder / "mlflow", port)
+    try:
+        with Api(settings) as api:
+            yield settings, mlflow, api
+    finally:
+        mlflow.stop()
+
+
+def test_it_answers_before_mlflow_does(life):
+    _, _, api = life
+    told = api.get("/health")
+    assert told["status"] == "ok" and not told["ready"] and told["reason"]
+    reply = api.predict({})
+    assert reply.status_code == 503 and int(reply.headers["Retry-After"]) > 0 and "no model" in reply.json()["detail"]
 
 
 # --- answers
@@ -218,7 +241,8 @@ def test_fields_of_any_name_and_truth_values():
     row = {**{n: i for i, n in enumerate(names)}, "flag": True}
     decoded, single = model.decode(json.dumps({"data": row}).encode())
     assert single and [decoded[n][0] for n in names] == list(range(len(names))) and decoded["flag"] == ["true"]
-    decoded, single = model.decode(json.dumps({"data": [row, {**row, "flag": "false"}, {**row, "flag": None}]}).encode())
+    many = [row, {**row, "flag": "false"}, {**row, "flag": None}]
+    decoded, single = model.decode(json.dumps({"data": many}).encode())
     assert not single and decoded["flag"] == ["true", "false", None] and model.unknown(decoded) == {}
     for name in names:
         with pytest.raises(BadRequest) as e:
@@ -533,41 +557,30 @@ def test_a_taken_port_is_named(tmp_path):
     assert load_settings(tmp_path / "settings.ini").serving.host == "192.0.2.1"
 
 
-def test_its_life_with_a_real_mlflow_server(tmp_path, rows, expected):
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = free.getsockname()[1]
-    settings = make_settings(tmp_path / "p", f"http://127.0.0.1:{port}")
-    mlflow = MlflowServer(tmp_path / "mlflow", port)
-    try:
-        with Api(settings) as api:
-            told = api.get("/health")
-            assert told["status"] == "ok" and not told["ready"], "it answers before MLflow does"
-            reply = api.predict(rows.requests[0])
-            assert reply.status_code == 503 and int(reply.headers["Retry-After"]) > 0
-            mlflow.wait()
-            wait_for(lambda: "no model is registered" in (api.get("/health")["reason"] or ""), 40, "MLflow to be seen")
-            train(settings, rows, {"XGBoost": 0.30, "RandomForest": 0.31})
-            wait_for(lambda: api.serving("XGBoost", 1), what="the first model, without a restart")
-            train(settings, rows, {"XGBoost": 0.005})
-            promotion.promote(settings, "XGBoost", 2, "production")
-            begin = time.monotonic()
-            wait_for(lambda: api.serving("XGBoost", 2), what="the alias that a person moved")
-            assert time.monotonic() - begin < 5
-            assert api.predict(rows.requests[:9]).json()["probability"] == pytest.approx(
-                expected["XGBoost", 2][:9], abs=1e-12)
-            mlflow.stop()
-            wait_for(lambda: api.get("/health")["mlflow"]["reachable"] is False, 40, "MLflow's absence to be seen")
-            assert api.predict(rows.requests[0]).json()["model_version"] == 2
-            assert api.get("/model_info")["aliases"] == ["newest", "production"]
-            begin = time.monotonic()
-            assert api.http.get("/health").status_code == 200 and time.monotonic() - begin < 0.5
-            assert api.http.get("/models").status_code == 503
-            assert api.stop() < 3
-        with Api(settings) as api:
-            wait_for(lambda: api.get("/health")["ready"], 30, "the copy of the last model")
-            assert api.predict(rows.requests[:9]).json()["probability"] == pytest.approx(
-                expected["XGBoost", 2][:9], abs=1e-12)
-            assert api.get("/health")["mlflow"]["reachable"] is not True
-            assert api.stop() < 3
-    finally:
-        mlflow.stop()
+def test_its_life_with_a_real_mlflow_server(life, rows, expected):
+    settings, mlflow, api = life
+    mlflow.wait()
+    wait_for(lambda: "no model is registered" in (api.get("/health")["reason"] or ""), 60, "MLflow to be seen")
+    train(settings, rows, {"XGBoost": 0.30, "RandomForest": 0.31})
+    wait_for(lambda: api.serving("XGBoost", 1), 60, "the first model, without a restart")
+    train(settings, rows, {"XGBoost": 0.005})
+    promotion.promote(settings, "XGBoost", 2, "production")
+    begin = time.monotonic()
+    wait_for(lambda: api.serving("XGBoost", 2), what="the alias that a person moved")
+    assert time.monotonic() - begin < 5
+    first = pytest.approx(expected["XGBoost", 2][:9], abs=1e-12)
+    assert api.predict(rows.requests[:9]).json()["probability"] == first
+    mlflow.stop()
+    wait_for(lambda: api.get("/health")["mlflow"]["reachable"] is False, 40, "MLflow's absence to be seen")
+    assert api.predict(rows.requests[:9]).json()["probability"] == first
+    assert api.get("/model_info")["aliases"] == ["newest", "production"]
+    begin = time.monotonic()
+    assert api.http.get("/health").status_code == 200 and time.monotonic() - begin < 0.5
+    assert api.http.get("/models").status_code == 503
+    assert api.stop() < 3
+    with Api(settings) as again:
+        wait_for(lambda: again.get("/health")["ready"], 60, "the copy of the last model")
+        reply = again.predict(rows.requests[:9]).json()
+        assert (reply["model_version"], reply["probability"]) == (2, first)
+        assert again.get("/health")["mlflow"]["reachable"] is not True
+        assert again.stop() < 3
