@@ -381,6 +381,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                    'income_mlops.gate.Stored': ('gate.html#stored', 'income_mlops/gate.py'),
                                    'income_mlops.gate._answer': ('gate.html#_answer', 'income_mlops/gate.py'),
                                    'income_mlops.gate._limits': ('gate.html#_limits', 'income_mlops/gate.py'),
+                                   'income_mlops.gate._of_pipeline': ('gate.html#_of_pipeline', 'income_mlops/gate.py'),
                                    'income_mlops.gate._plain': ('gate.html#_plain', 'income_mlops/gate.py'),
                                    'income_mlops.gate._row_microseconds': ('gate.html#_row_microseconds', 'income_mlops/gate.py'),
                                    'income_mlops.gate._ways': ('gate.html#_ways', 'income_mlops/gate.py'),
