@@ -38,7 +38,7 @@ footer{border-top:1px solid var(--line);padding:2rem 0 3rem;color:var(--soft);fo
 footer dl{display:grid;grid-template-columns:max-content 1fr;gap:.2rem 1.2rem;margin-bottom:1rem}
 """
 
-# %% ../nbs/06_look.ipynb #dca40d28
+# %% ../nbs/06_look.ipynb #069830c3
 PARTS_CSS = """
 .hero{background:var(--tone-bg);border-bottom:1px solid var(--line);padding:3.2rem 0 2.6rem}
 .tone-error{--tone:var(--error);--tone-bg:var(--error-bg)}
@@ -72,7 +72,8 @@ line-height:1.2;letter-spacing:-.015em;margin-bottom:.9rem}
 padding-top:.9rem;border-top:1px solid var(--line)}
 .figures dt{font-size:.75rem;color:var(--soft);line-height:1.3}.figures dd{font-size:.9rem}
 .scroll{overflow-x:auto;border:1px solid var(--line);border-radius:12px;background:var(--card)}
-table{border-collapse:collapse;width:100%;font-size:.88rem;overflow-wrap:normal}
+table{border-collapse:collapse;width:100%;font-size:.88rem}.scroll table{overflow-wrap:normal}
+.two>*,.finding>*,.tiles>*,.figures>*{min-width:0}
 caption{text-align:left;padding:.8rem 1rem .3rem;color:var(--soft)}
 th,td{padding:.45rem 1rem;text-align:left;border-top:1px solid var(--line);vertical-align:top}
 thead th{border-top:0;color:var(--soft);font-weight:600;font-size:.8rem;white-space:nowrap}
@@ -87,14 +88,15 @@ font-size:.88rem;margin-top:1.25rem}.glossary dt{font-weight:600}
 .key.b{background:none;border:2px solid var(--new)}
 """
 
-# %% ../nbs/06_look.ipynb #b16c0341
+# %% ../nbs/06_look.ipynb #f3e13bab
 NARROW_CSS = """
 @media(max-width:44rem){.stack thead{position:absolute;left:-999rem}.stack tr{display:block;padding:.7rem 1rem;
 border-top:1px solid var(--line)}.stack th{display:block}.stack td{display:inline-block}
 .stack th,.stack td{border:0;padding:.05rem 1rem .05rem 0;text-align:left;white-space:normal}
 .stack td::before{content:attr(data-name) ": ";color:var(--soft)}
 .stack td:empty{display:none}
-.stack caption{padding-bottom:.7rem}.glossary{grid-template-columns:1fr;gap:.1rem}.glossary dd{margin-bottom:.7rem}}
+.stack caption{padding-bottom:.7rem}.scroll table.stack{overflow-wrap:anywhere}
+.glossary{grid-template-columns:1fr;gap:.1rem}.glossary dd{margin-bottom:.7rem}}
 @media(max-width:30rem){section{margin:2.6rem 0}.card{padding:1rem}.hero{padding:2.2rem 0 2rem}h2{font-size:1.4rem}}
 @media(prefers-reduced-motion:reduce){html{scroll-behavior:auto}}
 @media print{@page{margin:14mm}body{background:#fff;font-size:10.5pt}nav,.skip{display:none}
