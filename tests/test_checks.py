@@ -56,7 +56,7 @@ def test_data_against_itself() -> None:
 
 def test_grown_data_against_its_origin(train: pl.DataFrame, upload: pl.DataFrame) -> None:
     "The current data after an upload was merged holds all of the original, which is no fault."
-    assert analyze(pl.concat([train, upload]), TRAIN, SETTINGS, holdout=TEST).counts()["error"] == 1  # half of it leaked
+    assert analyze(pl.concat([train, upload]), TRAIN, SETTINGS, holdout=TEST).counts()["error"] == 1  # leaked
     assert analyze(pl.concat([train, upload]), TRAIN, SETTINGS).verdict == "use as is"
 
 
