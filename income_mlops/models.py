@@ -26,13 +26,13 @@ from income_mlops.tuning import (
     Array, Fold, Growth, Learner, column_kinds, make_folds, open_storage, open_study, run_study, score, study_key,
 )
 
-# %% ../nbs/09_models.ipynb #bad521b2
+# %% ../nbs/09_models.ipynb #a426c3ea
 @dataclass(frozen=True)
 class Tuned:
     "What a study found."
     params: dict[str, Any]
     rounds: int
-    "Boosting rounds or trees at the best loss."
+    "Boosting rounds at the best loss; 0 for families that do not stop early."
     log_loss: float
     "Cross-validated."
     study: optuna.Study

@@ -105,7 +105,7 @@ def _start_watchdog() -> subprocess.Popen[str]:
     return subprocess.Popen([sys.executable, "-I", "-S", "-c", program], stdin=subprocess.PIPE, text=True,
                             start_new_session=True)
 
-# %% ../nbs/17_processes.ipynb #4aa77a75
+# %% ../nbs/17_processes.ipynb #426f3846
 @dataclass
 class Child:
     "A running program and where its output goes."
@@ -113,6 +113,8 @@ class Child:
     process: subprocess.Popen[bytes]
     log: Path
     started: float
+    lasting: bool = True
+    "It must not end by itself; one that is not lasting may, successfully."
 
     def last_words(self, lines: int = 10) -> str:
         "The end of its log, indented."
@@ -135,7 +137,7 @@ def _group_lives(process: subprocess.Popen[bytes]) -> bool:
         return True
     return False
 
-# %% ../nbs/17_processes.ipynb #aaa7ca31
+# %% ../nbs/17_processes.ipynb #c05cd05b
 class Supervisor:
     "Runs children, watches them, and ends them all when the block is left."
     PATIENCE = 9.0  # seconds for the later children to end by themselves, then LAST for the first one
@@ -171,6 +173,7 @@ class Supervisor:
         name: str,
         command: Sequence[str],
         environment: Mapping[str, str] | None = None,
+        lasting: bool = True,  # its end is a death
     ) -> Child:
         "Start a program with its output in `<logs>/<name>.log`; the log of the time before is kept as `.log.1`."
         log = self.logs / f"{name.lower().replace(' ', '-')}.log"
@@ -181,24 +184,23 @@ class Supervisor:
                                        env={**os.environ, **self.environment, **(environment or {})},
                                        start_new_session=True)
         self._tell(process.pid)
-        self.children.append(Child(name, process, log, time.monotonic()))
+        self.children.append(Child(name, process, log, time.monotonic(), lasting))
         return self.children[-1]
 
-    def look(self, ending: Child | None = None) -> None:
-        "`Stopped` if somebody asked for the end, `ServiceError` if a child but `ending` has died."
+    def look(self) -> None:
+        "`Stopped` if somebody asked for the end, `ServiceError` if a child has died."
         if self.stopping:
             raise Stopped
         for child in self.children:
-            if child is not ending and child.process.poll() is not None:
+            if (code := child.process.poll()) is not None and (child.lasting or code):
                 raise ServiceError(child.obituary())
 
     def finish(self, child: Child) -> None:
-        "Wait for a child that ends by itself. `ServiceError` if it fails."
-        while child.process.poll() is None:
-            self.look(child)
+        "Wait for a child that is not lasting. `ServiceError` if it fails."
+        self.look()
+        while child.process.returncode is None:
             time.sleep(0.1)
-        if child.process.returncode:
-            raise ServiceError(child.obituary())
+            self.look()
         self._end([child], 0)
 
     def wait(self, child: Child, service: Service) -> None:

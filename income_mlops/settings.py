@@ -98,6 +98,7 @@ class Runs(Section):
 
 # %% ../nbs/00_settings.ipynb #94eafc72
 class Drift(Section):
+    model_config = ConfigDict(use_attribute_docstrings=True)
     distance_warning: Share = 0.1
     "Kolmogorov–Smirnov (numbers) or total variation (categories) of a feature's old and new distribution: warning."
     distance_error: Share = 0.5
@@ -137,7 +138,7 @@ class Drift(Section):
     domain_rows: Annotated[int, Field(ge=100)] = 5_000
     "Rows of either table that this model sees at most."
 
-# %% ../nbs/00_settings.ipynb #8053a9c8
+# %% ../nbs/00_settings.ipynb #81fa7cee
 class MLflow(Section):
     tracking_uri: str = ""
     "Empty: SQLite under the state folder, no server."
@@ -152,12 +153,19 @@ class Serving(Section):
     alias: str = Field(default="production", pattern=r"^[A-Za-z0-9_-]+$")
     follow_alias: bool = True
     threshold: Share = 0.5
+    follow_every: Seconds = 2
+    "Seconds between two looks at the registry."
     allow_pipeline: bool = False
     "Serve a model without a compiled form by unpickling its pipeline."
+    max_rows: Count = 10_000
+    "Rows in one request for predictions."
+    max_request_mb: Annotated[float, Field(gt=0)] = 16
+    "Size of any request but an upload."
     max_upload_mb: Annotated[float, Field(gt=0)] = 100
     api_key: str = Field(default="", repr=False)
     "Empty: generated into the state folder on first start."
     allowed_hosts: Words = ("127.0.0.1", "localhost", "[::1]")
+    "Names this service may be called by, with a port or for any port; `*` for all."
 
 
 class Dashboard(Section):

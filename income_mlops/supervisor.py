@@ -70,24 +70,22 @@ def _phase(name: str, say: Callable[[str], Any]) -> Iterator[list[str]]:
 def _say(text: str) -> None:
     print(text, end="", flush=True)
 
-# %% ../nbs/17_supervisor.ipynb #0297e5b4
-def _first_model(settings: Settings, supervisor: Supervisor, say: Callable[[str], Any]) -> None:
-    "A short training, if the registry holds no model."
-    with _phase("a first model", say) as words:
-        child = supervisor.start("train", (sys.executable, "-m", "income_mlops.cli", "train", "--first"))
-        supervisor.finish(child)
-        words[0] = child.last_words(1).strip()
+# %% ../nbs/17_supervisor.ipynb #5a32acbe
+def _start(service: Service, supervisor: Supervisor, say: Callable[[str], Any]) -> None:
+    with _phase(service.name, say) as words:
+        supervisor.wait(supervisor.start(service.name, service.command, service.environment), service)
+        words[0] = service.url
 
 
 def _await_model(api: Service, supervisor: Supervisor, seconds: float = 60) -> str:
-    "Whether a prediction is possible yet. The API runs without a model, too: it may be the alias that is wrong."
+    "An empty text once a prediction is possible; else why not. That is no failure: it may be the alias that is wrong."
     until = time.monotonic() + seconds
     while not answers(api.url + "/ready"):
         supervisor.look()
         if time.monotonic() > until:
-            return f"{api.url} runs, but serves no model; {api.url}/health says why"
+            return f", but the API serves none; {api.url}/health says why"
         time.sleep(0.2)
-    return api.url
+    return ""
 
 
 def up(
@@ -97,14 +95,17 @@ def up(
     "Start everything, watch it, and stop it when asked to. `ServiceError` if something cannot start or dies."
     listed = services(settings)
     check_ports(listed)
+    *tracking, api = listed
     with Supervisor(settings.state / "logs", _environment(settings, listed)) as supervisor, signals(supervisor):
         try:
-            for service in listed:
-                if service.name == "the API":
-                    _first_model(settings, supervisor, say)
-                with _phase(service.name, say) as words:
-                    supervisor.wait(supervisor.start(service.name, service.command, service.environment), service)
-                    words[0] = _await_model(service, supervisor) if service.name == "the API" else service.url
+            for service in tracking:
+                _start(service, supervisor, say)
+            command = (sys.executable, "-m", "income_mlops.cli", "train", "--first")
+            training = supervisor.start("train", command, lasting=False)
+            _start(api, supervisor, say)
+            with _phase("a first model", say) as words:
+                supervisor.finish(training)
+                words[0] = training.last_words(1).strip() + _await_model(api, supervisor)
             say(f"Everything runs; Ctrl-C stops it. Logs: {supervisor.logs}\n")
             while True:
                 supervisor.look()

@@ -82,14 +82,14 @@ class Growth:
     patience: int = 0
     "End a trial when the loss has not improved for so many rounds; 0: never."
 
-# %% ../nbs/08_tuning.ipynb #7ab9c764
+# %% ../nbs/08_tuning.ipynb #81db614b
 def score(
     trial: optuna.trial.BaseTrial,
     learners: Sequence[Learner],  # one per fold
     growth: Growth,
     pool: ThreadPoolExecutor,
 ) -> float:
-    "Cross-validated log loss of one trial, the folds growing side by side. Sets the trial's `rounds`."
+    "Cross-validated log loss of a trial whose folds grow side by side. With patience it sets the trial's `rounds`."
     curve = np.empty(0)
     for stage in range(growth.stages):
         losses = list(pool.map(lambda learner: learner.advance(), learners))
@@ -100,7 +100,7 @@ def score(
             break
         if stage + 1 < growth.stages and trial.should_prune():
             raise optuna.TrialPruned
-    trial.set_user_attr("rounds", best + 1)
+    trial.set_user_attr("rounds", best + 1 if growth.patience else 0)
     return float(curve[best])
 
 # %% ../nbs/08_tuning.ipynb #041ca048

@@ -1,8 +1,12 @@
 """The repository itself: what the lock names, what modules import, what is nowhere."""
 import ast
+import importlib.util
 import json
+import os
 import re
+import shutil
 import subprocess
+import sys
 import tomllib
 from pathlib import Path
 
@@ -114,6 +118,70 @@ def test_modules_do_not_know_the_shipped_table(module):
              "workclass", ">50K", "<=50K", "adult"]
     text = module.read_text()
     assert not [w for w in words if re.search(rf"(?<![\w-]){re.escape(w)}(?![\w-])", text, re.IGNORECASE)]
+
+
+# ── hooks ─────────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+@pytest.fixture
+def clone(tmp_path: Path) -> Path:
+    "A git repository with the files of this one, to spoil."
+    folder = tmp_path / "clone"
+    for path in tracked():
+        if path.suffix != ".csv":
+            (folder / path.relative_to(ROOT)).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy2(path, folder / path.relative_to(ROOT))
+    (folder / ".venv").symlink_to(Path(sys.executable).parent.parent)
+    for words in (["init", "-q"], ["add", "-A"]):
+        subprocess.run(["git", *words], cwd=folder, check=True)
+    return folder
+
+
+def hook(folder: Path, name: str, *files: str) -> subprocess.CompletedProcess[str]:
+    subprocess.run(["git", "add", "-A"], cwd=folder, check=True)
+    which = ["--files", *files] if files else ["--all-files"]
+    return subprocess.run([sys.executable, "-m", "pre_commit", "run", name, *which], cwd=folder, capture_output=True,
+                          text=True, env={**os.environ, "PRE_COMMIT_HOME": str(folder.parent / "store")})
+
+
+QUICK_HOOKS = ["nbdev-export", "nbdev-clean", "large-files", "secrets", "private-key", "merge-conflict", "yaml", "toml",
+               "end-of-file", "trailing-whitespace"]  # the others are `make check`
+
+
+def test_hooks_pass_on_what_is_here(clone):
+    for name in QUICK_HOOKS:
+        done = hook(clone, name)
+        assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_hooks_refuse(clone):
+    "A cell that was not exported, an output, a large file, a key, a conflict."
+    notebook = clone / "nbs/01_data.ipynb"
+    content = json.loads(notebook.read_text())
+    cell = next(c for c in content["cells"] if "".join(c["source"]).startswith("#| export\nMAX_CATEGORIES"))
+    cell["source"].append("\nAT_MOST = 5")
+    notebook.write_text(json.dumps(content, indent=1, ensure_ascii=False, sort_keys=True) + "\n")
+    (clone / "large.bin").write_bytes(os.urandom(5_200_000))
+    (clone / "key.txt").write_text("-----BEGIN RSA " + "PRIVATE KEY-----\nabc\n")
+    (clone / "config.txt").write_text("aws_access_key_id = AKIA" + "Q3EGRIPSPMMK7HWX\n")
+    for name, said in [("in-sync", "income_mlops/data.py: differs"), ("nbdev-export", "files were modified"),
+                       ("large-files", "large.bin"), ("private-key", "key.txt"), ("secrets", "config.txt:1")]:
+        done = hook(clone, name)
+        assert done.returncode == 1 and said in done.stdout, name + done.stdout + done.stderr
+
+
+def test_launches_start_in_the_project_folder():
+    launch = json.loads((ROOT / ".vscode/launch.json").read_text())["configurations"]
+    assert {"API", "MLflow", "Train"} <= {c["name"] for c in launch}
+    for c in launch:
+        assert c["cwd"] == "${workspaceFolder}"
+        assert importlib.util.find_spec(c["module"]), c["module"]
+
+
+def test_workflow_runs_the_same_and_pins_what_it_uses():
+    text = (ROOT / ".github/workflows/ci.yml").read_text()
+    uses = re.findall(r"uses: (\S+)", text)
+    assert uses and all(re.fullmatch(r"[\w./-]+@[0-9a-f]{40}", u) for u in uses)
+    assert "run: bash .ci/run" in text and "make test-all" in (ROOT / ".ci/run").read_text()
 
 
 def tracked() -> list[Path]:

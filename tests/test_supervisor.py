@@ -185,14 +185,14 @@ def test_killed_child_is_reported_by_its_signal(driven):
 def test_earlier_log_is_kept(tmp_path):
     for word in ("one", "two"):
         with Supervisor(tmp_path) as supervisor:
-            supervisor.finish(supervisor.start("echo", [sys.executable, "-c", f"print('{word}')"]))
+            supervisor.finish(supervisor.start("echo", [sys.executable, "-c", f"print('{word}')"], lasting=False))
     assert (tmp_path / "echo.log").read_text() == "two\n" and (tmp_path / "echo.log.1").read_text() == "one\n"
 
 
 def test_failing_program_and_silent_service(tmp_path, free_port):
     program = "print('went wrong'); raise SystemExit(3)"
     with pytest.raises(ServiceError, match=r"step ended with exit code 3(.|\n)*went wrong"), Supervisor(tmp_path) as s:
-        s.finish(s.start("step", [sys.executable, "-c", program]))
+        s.finish(s.start("step", [sys.executable, "-c", program], lasting=False))
     deaf = Service("deaf", (sys.executable, "-c", "import time; time.sleep(60)"), "127.0.0.1", free_port(), "x.port",
                    patience=1)
     with pytest.raises(ServiceError, match=r"deaf does not answer on .*/health after 1 s"), Supervisor(tmp_path) as s:
@@ -244,12 +244,13 @@ def test_up_serves_a_model_and_stops_within_15_seconds(trained, free_port):
     try:
         lines = up.ready(120).out.read_text().splitlines()
         assert len(lines) == 4 and all(url in "".join(lines) for url in up.urls.values())
-        assert "there is one: RandomForest version 1" in lines[1]
+        assert lines[0].startswith("  MLflow ") and lines[1].startswith("  the API ")
+        assert "there is one: RandomForest version 1" in lines[2] and "serves none" not in lines[2]
         with urllib.request.urlopen(up.urls["MLflow"] + "/health") as r:
             assert r.status == 200
         found = get(up.urls["MLflow"] + "/api/2.0/mlflow/registered-models/search?max_results=9")["registered_models"]
         assert [m["name"] for m in found] == ["adult-income.RandomForest"]
-        wait_for(lambda: get(up.urls["the API"] + "/health")["ready"], 30, "the API's model")
+        assert get(up.urls["the API"] + "/health")["ready"]
         assert len(up.pids) == 4, "watchdog, MLflow and its worker, the API"
         start = time.monotonic()
         up.process.terminate()

@@ -79,7 +79,7 @@ def test_the_metrics_are_those_of_the_logged_model(trained):
         version = c.get_model_version_by_alias(f"adult-income.{family}", "newest")
         assert version.version == "1" or version.version == 1
         pipeline = mlflow.sklearn.load_model(f"models:/adult-income.{family}@newest")
-        p = pipeline.predict_proba(test)[:, 1]
+        p = pipeline.predict_proba(test)[:, 1].astype(float)
         logged = c.get_run(version.run_id).data.metrics
         assert logged["holdout_roc_auc"] == pytest.approx(metrics.roc_auc_score(y, p), abs=1e-9)
         assert logged["holdout_log_loss"] == pytest.approx(metrics.log_loss(y, p), abs=1e-6)
