@@ -18,7 +18,7 @@ from .settings import Drift
 
 CAPACITY = 2_000_000
 
-# %% ../nbs/05_checks.ipynb #896c636b
+# %% ../nbs/05_checks.ipynb #22a1a812
 Keys = NDArray[np.uint64]
 _LABEL = np.uint64(0xFF)
 _ALL = 2**64 - 1
@@ -94,7 +94,8 @@ class Rows:
         if len(chosen) > self.size:
             chosen = np.sort(chosen[np.argpartition(keys[chosen], self.size)[: self.size]])
         both = np.concatenate([self._keys, keys[chosen]])
-        sample = pl.concat([self.sample, frame[chosen]]) if self.sample.width else frame[chosen]
+        drawn = frame[chosen].with_columns(pl.col(pl.String) + "")  # new strings: slices would keep the batch's alive
+        sample = pl.concat([self.sample, drawn]) if self.sample.width else drawn
         if len(both) > self.size:
             best = np.sort(np.argpartition(both, self.size)[: self.size])
             both, sample = both[best], sample[best]

@@ -68,10 +68,10 @@ def chance(hits: float, n: float, other_hits: float, m: float) -> float:
     statistic, dof = chi2(np.array([hits, n - hits]), np.array([other_hits, m - other_hits]))
     return chi2_tail(statistic, dof) if dof else 1.0
 
-# %% ../nbs/04_drift.ipynb #635ffb08
+# %% ../nbs/04_drift.ipynb #fd2cd4ec
 def _columns(old: Profile, new: Profile) -> Iterator[Finding]:
-    removed = [c for c in old.names if c not in new.names]
-    added = [c for c in new.names if c not in old.names]
+    removed = [c for c in old.names if new.column(c) is None]
+    added = [c for c in new.names if old.column(c) is None]
     for name in removed if len(removed) <= 20 else removed[:20]:
         role = "target" if name == old.target else "column"
         yield Finding(check="target_absent" if name == old.target else "column_removed", column=name, severity="error",
@@ -89,7 +89,7 @@ def _columns(old: Profile, new: Profile) -> Iterator[Finding]:
                       message=f"New column{'s' * (len(names) > 1)} that the model does not know: {listed(names)}.",
                       advice="Drop it, or name it in the settings as a feature or as ignored.",
                       code=f"table = table.drop({names if len(names) <= 20 else names[0]!r})", old=None, new=len(names))
-    common = [c for c in old.names if c in new.names]
+    common = [c for c in old.names if new.column(c)]
     if not removed and not added and common != new.names:
         yield Finding(check="column_order", column=None, severity="info", old=old.names, new=new.names,
                       message="The columns stand in another order.", advice="Nothing to do: columns are found by name.",
@@ -171,7 +171,7 @@ def _scale(a: ColumnProfile, b: ColumnProfile, t: Drift) -> float | None:
     best = min(apart, key=apart.__getitem__, default=None)
     return best if best is not None and apart[best] < t.distance_warning else None
 
-# %% ../nbs/04_drift.ipynb #fb11a1ad
+# %% ../nbs/04_drift.ipynb #bef3e512
 def _swapped(old: Profile, new: Profile, odd: list[str], t: Drift) -> dict[str, str]:
     "Pairs of odd columns of which each looks like the other's past and not like its own."
     out: dict[str, str] = {}
@@ -186,7 +186,7 @@ def _swapped(old: Profile, new: Profile, odd: list[str], t: Drift) -> dict[str, 
 
 
 def _explained(old: Profile, new: Profile, found: dict[str, ColumnDrift], t: Drift) -> Iterator[Finding]:
-    common = [c for c in old.names if c in new.names]
+    common = [c for c in old.names if new.column(c)]
     odd = [c for c in common if (c in found and found[c].effect >= t.distance_error)
            or (old._by_name[c].kind != new._by_name[c].kind and new._by_name[c].present)]
     swapped = _swapped(old, new, odd, t)
@@ -241,7 +241,7 @@ def _features(found: dict[str, ColumnDrift], t: Drift) -> Iterator[Finding]:
                           message=f"'{d.column}' is distributed differently: {what} {d.effect:.2f}, PSI {d.psi:.2f}.",
                           advice="If the world changed, this is why to retrain; if the feed changed, mend the feed.")
 
-# %% ../nbs/04_drift.ipynb #f28d34ae
+# %% ../nbs/04_drift.ipynb #0b838ede
 def softened(finding: Finding) -> Finding:
     "The finding, one severity lower."
     lower: dict[Severity, Severity] = {"error": "warning", "warning": "info", "info": "info"}
@@ -256,7 +256,7 @@ def drift(
 ) -> list[Finding]:
     "Findings on columns, types, units, the target and the features' distributions."
     t = thresholds or Drift()
-    common = [c for c in old.names if c in new.names]
+    common = [c for c in old.names if new.column(c)]
     if not common:
         return [Finding(check="no_common_column", column=None, severity="error", old=old.names[:50], new=new.names[:50],
                         message=f"The new data has none of the columns {listed(old.names)}.",

@@ -24,7 +24,7 @@ from .settings import Columns
 MAX_ASSOCIATED = 50  # columns whose pairs are looked at
 ASSOCIATION_ROWS = 65_536  # rows of a batch whose associations are summed
 
-# %% ../nbs/03_profile.ipynb #52541bca
+# %% ../nbs/03_profile.ipynb #33a22c7d
 class Profile(BaseModel):
     "A table, condensed: serialisable as JSON and mergeable."
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -45,13 +45,14 @@ class Profile(BaseModel):
     hashing: str = ""
     "The hashes' maker: those of different makers cannot be compared."
 
-    @property
+    @cached_property
     def names(self) -> list[str]:
         return [c.name for c in self.columns]
 
     @property
     def features(self) -> list[str]:
-        return [c for c in self.names if c != self.target and c not in self.ignored]
+        apart = {self.target, *self.ignored}
+        return [c for c in self.names if c not in apart]
 
     def column(self, name: str) -> ColumnProfile | None:
         return self._by_name.get(name)
@@ -74,7 +75,8 @@ class Profile(BaseModel):
     @property
     def associated(self) -> list[str]:
         "The columns whose pairs were looked at, in the order of the table."
-        return [c for c in self.names if c in self.sums.numbers or c in self.sums.categories]
+        looked_at = {*self.sums.numbers, *self.sums.categories}
+        return [c for c in self.names if c in looked_at]
 
     @property
     def duplicates(self) -> int:

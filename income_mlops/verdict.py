@@ -114,7 +114,7 @@ def _observe(
     assert seen.profiler.result is not None
     return seen.profiler.result, seen.rows
 
-# %% ../nbs/05_verdict.ipynb #1fb298bd
+# %% ../nbs/05_verdict.ipynb #283e7cff
 def _findings(old: Profile, new: Profile, found: dict[str, ColumnDrift], settings: Settings) -> list[Finding]:
     "What two profiles tell."
     t = settings.drift
@@ -131,7 +131,8 @@ def _ordered(findings: list[Finding], names: list[str]) -> tuple[Finding, ...]:
 
 def _domain_columns(found: dict[str, ColumnDrift], new: Profile) -> list[str]:
     "Columns for the domain classifier: of a wide table those that moved most."
-    names = [c for c in found if c not in new.ignored]
+    ignored = set(new.ignored)
+    names = [c for c in found if c not in ignored]
     if len(names) > MAX_DOMAIN_COLUMNS:
         names = sorted(names, key=lambda c: -found[c].effect)[:MAX_DOMAIN_COLUMNS]
     return names
