@@ -52,7 +52,7 @@ def heavy_hitters(
     cut = order[bound][1]
     return {level: n - cut for level, n in order[:bound] if n > cut}, cut
 
-# %% ../nbs/03_aggregates.ipynb #813681b0
+# %% ../nbs/03_aggregates.ipynb #7d20ff10
 Moments = tuple[float, float, float, float]
 "Mean and the sums of the second, third and fourth powers about it."
 
@@ -64,7 +64,8 @@ def moments_of(values: NDArray[np.float64], weights: NDArray[np.float64]) -> Mom
     mean = float((weights * values).sum() / weights.sum())
     d = values - mean
     square = d * d
-    return mean, *(float((weights * p).sum()) for p in (square, square * d, square * square))  # type: ignore[return-value]
+    m2, m3, m4 = (float((weights * p).sum()) for p in (square, square * d, square * square))
+    return mean, m2, m3, m4
 
 
 def add_moments(na: int, a: Moments, nb: int, b: Moments) -> Moments:

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Meters', 'EngineError', 'answer', 'Front']
 
-# %% ../nbs/13e_answers.ipynb #12c95be3
+# %% ../nbs/13e_answers.ipynb #6f76e2f2
 import asyncio
 import os
 from concurrent.futures import ThreadPoolExecutor
@@ -19,6 +19,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from .access import Guard
 from .loader import Loader
+from .predictor import OutOfRange
 from .requests import BadRequest, Columns
 from .served import Served
 from .settings import Settings
@@ -133,7 +134,7 @@ async def _send(send: Send, status: int, body: bytes, headers: tuple[tuple[bytes
     await send({"type": "http.response.start", "status": status, "headers": lines})
     await send({"type": "http.response.body", "body": body})
 
-# %% ../nbs/13e_answers.ipynb #c06d5650
+# %% ../nbs/13e_answers.ipynb #7e87e8ef
 class Front:
     "ASGI middleware: checks and counts every request, answers predictions, hands on the rest."
 
@@ -179,6 +180,8 @@ class Front:
             return 200, answer(served, columns, single, p, self._threshold, self.meters), ()
         except BadRequest as e:
             return e.status, msgspec.json.encode({"detail": str(e)}), ()
+        except OutOfRange as e:
+            return 422, msgspec.json.encode({"detail": f"data: {e}"}), ()
         except _Reply as e:
             return e.status, msgspec.json.encode({"detail": str(e)}), e.headers
 

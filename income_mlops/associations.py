@@ -21,7 +21,7 @@ Floats = NDArray[np.float64]
 Grouped = tuple[float, float, tuple[float, ...], tuple[float, ...]]
 LEVELS = 64  # levels of a category that a contingency table keeps apart
 
-# %% ../nbs/03_associations.ipynb #fb658b63
+# %% ../nbs/03_associations.ipynb #63e60328
 class Association(BaseModel):
     "How strongly two columns are tied."
     model_config = ConfigDict(frozen=True)
@@ -45,7 +45,7 @@ def correlation_ratio(n: Floats, mean: Floats, total: float) -> float:
     "η of a number by levels of `n` rows with `mean` each; `total`: its sum of squares about the mean."
     if total <= 0 or (n > 0).sum() < 2:
         return float("nan")
-    between = float(n @ (mean - np.average(mean, weights=n)) ** 2)
+    between = float((n * (mean - np.average(mean, weights=n)) ** 2).sum())
     return float(np.sqrt(min(between / total, 1.0)))
 
 # %% ../nbs/03_associations.ipynb #62894326
@@ -83,7 +83,7 @@ class Associations(BaseModel):
             out[self.categories[i], self.categories[j]] = Association(measure="cramers_v", value=value, rows=sum(cells))
         return {names: a for names, a in out.items() if np.isfinite(a.value)}
 
-# %% ../nbs/03_associations.ipynb #e4d31854
+# %% ../nbs/03_associations.ipynb #5485e1fc
 def _bucket(level: str) -> int:
     return zlib.crc32(level.encode()) % LEVELS
 
@@ -98,32 +98,49 @@ def _codes(series: pl.Series, levels: Sequence[str]) -> NDArray[np.int64]:
     return codes.fill_null(width).to_numpy()
 
 
-def _linear(x: Floats, squares: Floats, there: Floats, shift: Floats) -> list[tuple[float, ...]]:
+def _about_mean(x: Floats, shift: float) -> tuple[float, Floats]:
+    "Mean of shifted values, unshifted, and their distances from it: zeros where only rounding differs."
+    mean = float(x.mean()) if len(x) else 0.0
+    away = x - mean
+    rounding = 1e-12 * max(abs(mean), abs(mean + shift))
+    return mean + shift, away if np.abs(away).max(initial=0.0) > rounding else np.zeros(len(x))
+
+
+def _linear(x: Floats, there: NDArray[np.bool_], shift: Floats) -> list[tuple[float, ...]]:
     "Pairwise complete co-moments of the columns of `x` (rows × numbers, shifted, 0 where missing)."
-    n, s, ss, xy = there.T @ there, x.T @ there, squares.T @ there, x.T @ x
-    out = []
+    complete = [bool(there[:, j].all()) for j in range(x.shape[1])]
+    means, away = np.zeros(x.shape[1]), np.zeros_like(x)
+    for j in (j for j, c in enumerate(complete) if c):
+        means[j], away[:, j] = _about_mean(x[:, j], shift[j])
+    products, out = away.T @ away, []
     for i, j in combinations(range(x.shape[1]), 2):
-        k = max(n[i, j], 1.0)
-        out.append((n[i, j], shift[i] + s[i, j] / k, shift[j] + s[j, i] / k, ss[i, j] - s[i, j] ** 2 / k,
-                    ss[j, i] - s[j, i] ** 2 / k, xy[i, j] - s[i, j] * s[j, i] / k))
+        if complete[i] and complete[j]:
+            out.append((len(x), means[i], means[j], products[i, i], products[j, j], products[i, j]))
+        else:
+            both = there[:, i] & there[:, j]
+            (mi, a), (mj, b) = _about_mean(x[both, i], shift[i]), _about_mean(x[both, j], shift[j])
+            out.append((both.sum(), mi, mj, (a * a).sum(), (b * b).sum(), (a * b).sum()))
     return [tuple(float(v) for v in p) for p in out]
 
 
-def _grouped(codes: NDArray[np.int64], width: int, x: Floats, squares: Floats, there: Floats, shift: Floats) -> list[Grouped]:
+def _grouped(codes: NDArray[np.int64], width: int, x: Floats, there: NDArray[np.bool_], shift: Floats) -> list[Grouped]:
     "Sums of each number by the levels of one category."
-    out, absent = [], np.flatnonzero(codes == width)
+    out, known = [], codes < width
     everywhere = np.bincount(codes, minlength=width + 1)[:width].astype(float)
     for j in range(x.shape[1]):
-        number, known = x[:, j], there[:, j]
-        n = everywhere if known.all() else np.bincount(codes, known, width + 1)[:width]
-        s = np.bincount(codes, number, width + 1)[:width]
-        rows, total = max(n.sum(), 1.0), s.sum()
-        square = float(squares[:, j].sum() - squares[absent, j].sum())
-        mean = np.divide(s, n, out=np.zeros(width), where=n > 0) + shift[j]
-        out.append((float(shift[j] + total / rows), float(square - total**2 / rows), tuple(n.tolist()), tuple(mean.tolist())))
+        if there[:, j].all() and known.all():
+            here, values, n = codes, x[:, j], everywhere
+        else:
+            rows = known & there[:, j]
+            here, values = codes[rows], x[rows, j]
+            n = np.bincount(here, minlength=width).astype(float)
+        mean, away = _about_mean(values, shift[j])
+        s = np.bincount(here, away, width)
+        levels = np.divide(s, n, out=np.zeros(width), where=n > 0) + mean
+        out.append((mean, float((away * away).sum()), tuple(n.tolist()), tuple(levels.tolist())))
     return out
 
-# %% ../nbs/03_associations.ipynb #8eda3914
+# %% ../nbs/03_associations.ipynb #86a41dcc
 def associate(
     frame: pl.DataFrame,  # (n rows) numbers as Float64, categories as String
     levels: Mapping[str, Sequence[str]],  # every level of each category to associate; numbers are taken from the frame
@@ -132,14 +149,13 @@ def associate(
     numbers = [c for c, t in frame.schema.items() if t == pl.Float64]
     categories = [c for c in frame.columns if c in levels]
     raw = frame.select(numbers).to_numpy(order="fortran") if numbers else np.empty((frame.height, 0))
-    there = np.asfortranarray(np.isfinite(raw), dtype=float)
-    raw = np.where(there > 0, raw, 0.0)
+    there = np.asfortranarray(np.isfinite(raw))
+    raw = np.where(there, raw, 0.0)
     shift = raw.sum(0) / np.maximum(there.sum(0), 1)
-    x = np.asfortranarray((raw - shift) * there)  # about the mean: large values do not cancel
-    squares = x * x
+    x = np.asfortranarray(np.where(there, raw - shift, 0.0))  # about the mean: large values do not cancel
     codes = [_codes(frame[c], sorted(levels[c])) for c in categories]
     width = [min(len(levels[c]), LEVELS) for c in categories]
-    grouped = [g for i in range(len(categories)) for g in _grouped(codes[i], width[i], x, squares, there, shift)]
+    grouped = [g for i in range(len(categories)) for g in _grouped(codes[i], width[i], x, there, shift)]
     tables = []
     for i, j in combinations(range(len(categories)), 2):
         size = (width[i] + 1) * (width[j] + 1)
@@ -147,9 +163,9 @@ def associate(
         tables.append(tuple(cells[:-1, :-1].ravel().tolist()))
     kept = tuple(tuple(sorted(levels[c])) if len(levels[c]) <= LEVELS else None for c in categories)
     return Associations(numbers=tuple(numbers), categories=tuple(categories), levels=kept,
-                        linear=tuple(_linear(x, squares, there, shift)), grouped=tuple(grouped), tables=tuple(tables))
+                        linear=tuple(_linear(x, there, shift)), grouped=tuple(grouped), tables=tuple(tables))
 
-# %% ../nbs/03_associations.ipynb #a7a8c2f6
+# %% ../nbs/03_associations.ipynb #90d5bcf8
 Levels = tuple[str, ...] | None
 
 
@@ -159,7 +175,8 @@ def _axis(a: Levels, b: Levels) -> tuple[Levels, list[NDArray[np.int64]]]:
     if union is not None and len(union) > LEVELS:
         union = None
     place = {level: i for i, level in enumerate(union or ())}
-    spots = [range(LEVELS) if side is None else [_bucket(v) if union is None else place[v] for v in side] for side in (a, b)]
+    spots = [range(LEVELS) if side is None else [_bucket(v) if union is None else place[v] for v in side]
+             for side in (a, b)]
     return union, [np.array(s, np.int64) for s in spots]
 
 

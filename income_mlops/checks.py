@@ -132,7 +132,7 @@ def pairs(n: NDArray[np.float64]) -> float:
     "Pairs within groups of these sizes."
     return float((n * (n - 1)).sum()) / 2
 
-# %% ../nbs/05_checks.ipynb #78a8d4cd
+# %% ../nbs/05_checks.ipynb #93d86012
 def _repeats(old: Keys, new: Keys, t: Drift) -> list[Finding]:
     before_n, n = groups(old)[1], groups(new)[1]
     repeated = len(new) - len(n)
@@ -142,21 +142,25 @@ def _repeats(old: Keys, new: Keys, t: Drift) -> list[Finding]:
     found, expected = pairs(n), pairs(before_n) / len(old) ** 2 * len(new) ** 2
     many = (found - expected) / len(new) >= t.duplicates_warning and found > 1.5 * expected + 3 * expected**0.5
     return [Finding(check="duplicates", column=None, severity="warning" if many else "info", old=round(before, 6),
-                    new=round(share, 6), message=f"{percent(share)} of the rows repeat an earlier row ({percent(before)} before).",
-                    advice="Keep one of each." if many else "Nothing to do.", code="table = table.unique(maintain_order=True)")]
+                    new=round(share, 6),
+                    message=f"{percent(share)} of the rows repeat an earlier row ({percent(before)} before).",
+                    advice="Keep one of each." if many else "Nothing to do.",
+                    code="table = table.unique(maintain_order=True)")]
 
 
 def _known(old: Rows, new: Rows, a: Keys, b: Keys, t: Drift) -> list[Finding]:
     shared: dict[str, Any] = {"check": "seen_in_reference", "column": None, "old": old.rows}
     if new.same_as(old):
-        return [Finding(**shared, severity="info", new=1.0, message="The new data is the old data.", advice="Nothing to do.")]
+        return [Finding(**shared, severity="info", new=1.0, message="The new data is the old data.",
+                        advice="Nothing to do.")]
     known, sizes = groups(a)
     share = float(is_among(b, known).mean())
     if not share:
         return []
     if share * len(b) >= len(a) and is_among(known, groups(b)[0]).all():
         return [Finding(**shared, severity="info", new=round(share, 6),
-                        message=f"The new data contains all of the old, which is {percent(share)} of it.", advice="Nothing to do.")]
+                        message=f"The new data contains all of the old, which is {percent(share)} of it.",
+                        advice="Nothing to do.")]
     by_chance = 2 * pairs(sizes) / len(a)
     many = share - by_chance >= t.duplicates_warning and share > 2 * by_chance
     return [Finding(**shared, severity="warning" if many else "info", new=round(share, 6),
@@ -164,7 +168,7 @@ def _known(old: Rows, new: Rows, a: Keys, b: Keys, t: Drift) -> list[Finding]:
                     advice="Leave them out: they would count twice." if many else "Nothing to do.",
                     code="table = table.join(old, on=table.columns, how='anti', nulls_equal=True)" if many else "")]
 
-# %% ../nbs/05_checks.ipynb #3fd94273
+# %% ../nbs/05_checks.ipynb #441d37b7
 def _leak(old: Rows, new: Rows, holdout: Rows) -> list[Finding]:
     shared: dict[str, Any] = {"check": "holdout_leak", "column": None, "old": holdout.rows, "new": new.watched}
     if new.same_as(holdout):
@@ -173,12 +177,12 @@ def _leak(old: Rows, new: Rows, holdout: Rows) -> list[Finding]:
     expected = new.rows * old.watched / max(old.rows, 1)
     if new.watched > expected + 3 * expected**0.5:
         return [Finding(**shared, severity="error",
-                        message=f"{new.watched} rows are rows of the hold-out ({expected:.0f} would be expected by chance).",
+                        message=f"{new.watched} rows are rows of the hold-out ({expected:.0f} would be by chance).",
                         advice="Leave them out: a model trained on them would seem better than it is.",
                         code="table = table.join(holdout, on=table.columns, how='anti', nulls_equal=True)")]
     return []
 
-# %% ../nbs/05_checks.ipynb #a61df901
+# %% ../nbs/05_checks.ipynb #a3cbde85
 def _disagreement(keys: Keys) -> tuple[float, float, int]:
     "Pairs of rows with equal features, how many of them differ in the label, and rows that some other contradicts."
     kinds, n = groups(keys)
@@ -204,10 +208,11 @@ def _conflicts(old: Keys, new: Keys, t: Drift) -> list[Finding]:
     share, before = (differ + cross_differ) / (own + cross), before_differ / before_own if before_own else 0.0
     grown = share - before >= t.conflict_warning and differ + cross_differ >= 10 and \
         chance(differ + cross_differ, own + cross, before_differ, max(before_own, 1.0)) < t.significance
-    return [Finding(check="conflicting_labels", column=None, severity="warning" if grown else "info", old=round(before, 6),
+    return [Finding(check="conflicting_labels", column=None, severity="warning" if grown else "info",
+                    old=round(before, 6),
                     new=round(share, 6),
-                    message=f"{rows} rows have a twin with equal features and another target; of all pairs of such twins, "
-                            f"{percent(share)} disagree ({percent(before)} before).",
+                    message=f"{rows} rows have a twin with equal features and another target; of all pairs of such "
+                            f"twins, {percent(share)} disagree ({percent(before)} before).",
                     advice="Have the labels checked before training." if grown else "Nothing to do: noise as before.")]
 
 # %% ../nbs/05_checks.ipynb #d7c0f5c6

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['ColumnProfile', 'plain', 'profile_columns', 'merge_columns']
 
-# %% ../nbs/03_columns.ipynb #933cd282
+# %% ../nbs/03_columns.ipynb #720d30d2
 from collections.abc import Sequence
 from functools import cached_property
 from typing import Any, Literal
@@ -15,8 +15,8 @@ import polars as pl
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict
 
-from .aggregates import (Moments, add_moments, distinct_estimate, heavy_hitters, moments_of, new_sketch, pack,
-                                     pack_sketch, smallest, unpack, unpack_sketch)
+from .aggregates import (Moments, add_moments, distinct_estimate, heavy_hitters, moments_of, new_sketch,
+                                     pack, pack_sketch, smallest, unpack, unpack_sketch)
 from .data import DataError
 
 # %% ../nbs/03_columns.ipynb #fcf63de7
@@ -176,7 +176,7 @@ def _numbers(name: str, rows: int, missing: int, values: NDArray[np.float64], co
     hashes = smallest(pl.Series(values).hash().to_numpy(), bound)
     return ColumnProfile(**shared, exact=False, sketch=pack_sketch(sketch), hashes=pack(hashes))
 
-# %% ../nbs/03_columns.ipynb #0e9745b3
+# %% ../nbs/03_columns.ipynb #3f530abd
 def _texts(name: str, rows: int, missing: int, levels: pl.Series, counts: pl.Series, dtype: Any,
            bound: int) -> ColumnProfile:
     if not len(levels):
@@ -196,7 +196,8 @@ def _texts(name: str, rows: int, missing: int, levels: pl.Series, counts: pl.Ser
     kept, error = heavy_hitters(dict(zip(levels.to_list(), counts.to_list(), strict=True)), bound)
     exact = len(levels) <= bound
     hashes = None if exact else pack(smallest(levels.hash().to_numpy(), bound))
-    return ColumnProfile(**facts, values=tuple(kept), counts=tuple(kept.values()), exact=exact, error=error, hashes=hashes)
+    return ColumnProfile(**facts, values=tuple(kept), counts=tuple(kept.values()), exact=exact, error=error,
+                         hashes=hashes)
 
 # %% ../nbs/03_columns.ipynb #89e00110
 def profile_columns(

@@ -50,7 +50,7 @@ def _ensemble(classifier: Any) -> Ensemble:
         return read_booster(classifier.get_booster())
     raise NotCompilable(f"{type(classifier).__name__} is neither a forest of scikit-learn nor a booster of XGBoost")
 
-# %% ../nbs/08c_compiling.ipynb #72e7a49f
+# %% ../nbs/08c_compiling.ipynb #d5ed8a68
 def _encoded_names(preprocessor: Any) -> list[str]:
     "The columns of the classifier's input, by the column each is made from."
     return [str(c) for name, transformer, columns in preprocessor.transformers_
@@ -60,7 +60,10 @@ def _encoded_names(preprocessor: Any) -> list[str]:
 def _category(custom: Any, preprocessor: Any, name: str, schema: Schema, column: int) -> Category:
     "What the steps make of every level of a category."
     import pandas as pd
-    levels = sorted({*custom.levels_[name], *custom.rare_[name]})
+
+    from income_mlops.processing import RARE
+    rare = custom.rare_[name]  # where there are some, their group is among the levels, but is none
+    levels = sorted({*custom.levels_[name], *rare} - ({RARE} if rare else set()))
     probe: list[Any] = [*levels, STRANGER, None]
     frame = {c.name: np.zeros(len(probe)) if c.kind == "number" else np.array([None] * len(probe), dtype=object)
              for c in schema.features}

@@ -21,13 +21,15 @@ Codes = NDArray[np.intp]
 Floats = NDArray[np.float64]
 BINS, TREES, DEPTH, RATE, RIDGE = 32, 20, 3, 0.3, 5.0
 
-# %% ../nbs/05_domain.ipynb #51026a23
+# %% ../nbs/05_domain.ipynb #29e29f56
 def _codes(series: pl.Series) -> Codes:
     "Bin 0 is missing; numbers by quantiles, categories by frequency, the rare ones together."
     if series.dtype == pl.String:
         levels = series.drop_nulls().value_counts(sort=True)[series.name].head(BINS - 2).to_list()
-        place = series.replace_strict(levels, range(1, len(levels) + 1), default=BINS - 1, return_dtype=pl.Int64) if levels else None
-        return np.zeros(len(series), np.intp) if place is None else np.where(series.is_null(), 0, place.to_numpy()).astype(np.intp)
+        if not levels:
+            return np.zeros(len(series), np.intp)
+        place = series.replace_strict(levels, range(1, len(levels) + 1), default=BINS - 1, return_dtype=pl.Int64)
+        return np.where(series.is_null(), 0, place.to_numpy()).astype(np.intp)
     x = series.cast(pl.Float64).fill_null(np.nan).to_numpy()
     known = x[~np.isnan(x)]
     if not len(known):
@@ -63,7 +65,7 @@ def _route(x: Codes, tree: list[Split]) -> Codes:
         node = 2 * node + right[node, x[np.arange(len(x)), column[node]]]
     return node
 
-# %% ../nbs/05_domain.ipynb #b7e7662a
+# %% ../nbs/05_domain.ipynb #c124e73a
 def _fit(x: Codes, y: Floats, category: NDArray[np.bool_]) -> tuple[list[Tree], Floats]:
     "Boosted trees for `y` in 0 and 1, and the gain of each column."
     n, p = x.shape
@@ -76,7 +78,8 @@ def _fit(x: Codes, y: Floats, category: NDArray[np.bool_]) -> tuple[list[Tree], 
         for level in range(DEPTH):
             index = (flat + node[:, None] * (BINS * p)).ravel()
             size = 2**level * p * BINS
-            sum_g, sum_h = (np.bincount(index, np.repeat(v, p), size).astype(float).reshape(-1, p, BINS) for v in (g, h))
+            sum_g, sum_h = (np.bincount(index, np.repeat(v, p), size).astype(float).reshape(-1, p, BINS)
+                            for v in (g, h))
             split, gain = _best_split(sum_g, sum_h, category)
             np.add.at(gains, split[0], gain)
             node = 2 * node + split[1][node, x[np.arange(n), split[0][node]]]

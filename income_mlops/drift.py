@@ -68,7 +68,7 @@ def chance(hits: float, n: float, other_hits: float, m: float) -> float:
     statistic, dof = chi2(np.array([hits, n - hits]), np.array([other_hits, m - other_hits]))
     return chi2_tail(statistic, dof) if dof else 1.0
 
-# %% ../nbs/04_drift.ipynb #1c6725b7
+# %% ../nbs/04_drift.ipynb #635ffb08
 def _columns(old: Profile, new: Profile) -> Iterator[Finding]:
     removed = [c for c in old.names if c not in new.names]
     added = [c for c in new.names if c not in old.names]
@@ -76,7 +76,8 @@ def _columns(old: Profile, new: Profile) -> Iterator[Finding]:
         role = "target" if name == old.target else "column"
         yield Finding(check="target_absent" if name == old.target else "column_removed", column=name, severity="error",
                       message=f"The {role} '{name}' is not in the new data.",
-                      advice="Deliver it again, or rename the column that took its place" + (f": {listed(added)}?" if added else "."),
+                      advice="Deliver it again, or rename the column that took its place"
+                             + (f": {listed(added)}?" if added else "."),
                       code=f"table = table.rename({{{added[0]!r}: {name!r}}})" if len(added) == 1 else "",
                       old=(c := old.column(name)) and c.dtype, new=None)
     if len(removed) > 20:
@@ -100,26 +101,30 @@ def _types(a: ColumnProfile, b: ColumnProfile) -> Iterator[Finding]:
     if a.kind == b.kind:
         if (a.dtype, b.dtype) == ("integer", "number"):
             yield Finding(check="type_changed", severity="info", **shared,
-                          message=f"'{a.name}' held whole numbers and now has fractions.", advice="Check its unit and rounding.")
+                          message=f"'{a.name}' held whole numbers and now has fractions.",
+                          advice="Check its unit and rounding.")
     elif a.kind == "number":
         bad = [v for v, _ in b.top(1000) if not _is_number(str(v))]
         share = b.numeric / max(b.present, 1)
         yield Finding(check="type_changed", severity="error", **shared,
-                      message=f"'{a.name}' held numbers and is now {b.dtype}: {percent(share)} of its values read as a number"
-                              + (f", but not {listed(bad, 3)}." if bad else "."),
+                      message=f"'{a.name}' held numbers and is now {b.dtype}: {percent(share)} of its values read as a "
+                              "number" + (f", but not {listed(bad, 3)}." if bad else "."),
                       advice="Have the wrong values corrected, or read them as missing.",
-                      code=f"table = table.with_columns(pl.col({a.name!r}).str.strip_chars().cast(pl.Float64, strict=False))")
+                      code=f"table = table.with_columns(pl.col({a.name!r}).str.strip_chars()"
+                           ".cast(pl.Float64, strict=False))")
     else:
         yield Finding(check="type_changed", severity="error", **shared,
-                      message=f"'{a.name}' held {a.dtype} such as {listed([str(v) for v, _ in a.top(2)])} and now holds numbers.",
+                      message=f"'{a.name}' held {a.dtype} such as {listed([str(v) for v, _ in a.top(2)])} and now "
+                              "holds numbers.",
                       advice="Translate the codes back into the categories that the model knows.")
 
 
 def _is_number(text: str) -> bool:
     return re.fullmatch(r"\s*[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?\s*", text) is not None
 
-# %% ../nbs/04_drift.ipynb #a9f35a18
-MARKERS = frozenset({"", "?", "-", "--", "na", "n/a", "#n/a", "nan", "null", "none", "nil", "missing", "unknown", "undefined"})
+# %% ../nbs/04_drift.ipynb #15902679
+MARKERS = frozenset({"", "?", "-", "--", "na", "n/a", "#n/a", "nan", "null", "none", "nil", "missing", "unknown",
+                     "undefined"})
 
 
 def _key(text: str) -> str:
@@ -196,7 +201,7 @@ def _explained(old: Profile, new: Profile, found: dict[str, ColumnDrift], t: Dri
                           message=f"'{x}' looks multiplied by {factor:g}: another unit?", advice="Convert it back.",
                           code=f"table = table.with_columns(pl.col({x!r}) / {factor:g})")
 
-# %% ../nbs/04_drift.ipynb #7b38334f
+# %% ../nbs/04_drift.ipynb #01c342dc
 def _target(a: ColumnProfile, b: ColumnProfile, t: Drift) -> Iterator[Finding]:
     name = a.name
     if b.missing:
@@ -216,12 +221,13 @@ def _target(a: ColumnProfile, b: ColumnProfile, t: Drift) -> Iterator[Finding]:
     if level and d.p_value < t.significance:
         shares: list[dict[str, Any]] = []
         for c in (a, b):
-            shares.append({shown(v): [round(n / c.present, 4), *(round(x, 4) for x in wilson(n, c.present))] for v, n in c.top(10)})
+            intervals = {shown(v): (n / c.present, *wilson(n, c.present)) for v, n in c.top(10)}
+            shares.append({v: [round(x, 4) for x in i] for v, i in intervals.items()})
         moved = max(zip(d.labels, d.old, d.new, strict=True), key=lambda p: p[2] - p[1])
         yield Finding(check="target_drift", column=name, severity=level, old=shares[0], new=shares[1],
                       message=f"The share of {name} '{moved[0]}' went from {percent(moved[1])} to {percent(moved[2])}.",
-                      advice="If the world changed, retrain and review the threshold; if labels are made differently now, "
-                             "do not mix them with the old ones.")
+                      advice="If the world changed, retrain and review the threshold; if labels are made differently "
+                             "now, do not mix them with the old ones.")
 
 
 def _features(found: dict[str, ColumnDrift], t: Drift) -> Iterator[Finding]:
@@ -235,7 +241,7 @@ def _features(found: dict[str, ColumnDrift], t: Drift) -> Iterator[Finding]:
                           message=f"'{d.column}' is distributed differently: {what} {d.effect:.2f}, PSI {d.psi:.2f}.",
                           advice="If the world changed, this is why to retrain; if the feed changed, mend the feed.")
 
-# %% ../nbs/04_drift.ipynb #6485fe99
+# %% ../nbs/04_drift.ipynb #f28d34ae
 def softened(finding: Finding) -> Finding:
     "The finding, one severity lower."
     lower: dict[Severity, Severity] = {"error": "warning", "warning": "info", "info": "info"}
@@ -254,7 +260,7 @@ def drift(
     if not common:
         return [Finding(check="no_common_column", column=None, severity="error", old=old.names[:50], new=new.names[:50],
                         message=f"The new data has none of the columns {listed(old.names)}.",
-                        advice="This is another table, or its header is missing: the first line must name the columns.")]
+                        advice="This is another table, or its first line does not name the columns.")]
     found = dict(compare(old, new) if compared is None else compared)
     for name, d in found.items():
         a, b = old._by_name[name], new._by_name[name]

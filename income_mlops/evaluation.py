@@ -71,7 +71,7 @@ def importances(
     rises = {str(c): loss(X.assign(**{str(c): rng.permutation(X[c].to_numpy())})) - base for c in X}
     return dict(sorted(rises.items(), key=lambda kv: -kv[1]))
 
-# %% ../nbs/10_evaluation.ipynb #6f38de98
+# %% ../nbs/10_evaluation.ipynb #e871e310
 def compare(
     y: Array,  # (n,) 0 or 1
     new: Array,  # (n,) probabilities of the challenger
@@ -80,6 +80,8 @@ def compare(
     seed: int = 0,
 ) -> dict[str, Any]:
     "Differences new - old of log loss and ROC AUC with 95 % intervals; verdict: better, worse, no clear difference."
+    # a pipeline may answer in single precision; two precisions of one number are no difference
+    new, old = (np.asarray(p, dtype=np.float32).astype(np.float64) for p in (new, old))
     def losses(p: Array) -> Array:
         p = np.clip(p, 1e-7, 1 - 1e-7)
         return -np.log(np.where(y == 1, p, 1 - p))

@@ -20,7 +20,7 @@ from .data import Schema
 from .predictor import Predictor
 from .trees import NotCompilable
 
-# %% ../nbs/08d_gate.ipynb #4d19e91d
+# %% ../nbs/08d_gate.ipynb #ad57e099
 _NUMBERS = (0.0, -0.0, 1.0, -1.0, 2.0**24 + 1, -(2.0**24) - 1, 2.0**53 + 2, 1e10, 3e38, -3e38, 1e-45, -1e-45, 1e-310,
             1.5, np.nan)
 _TEXTS = ("", " ", "?", "unknown", "\U0001f600", "nan", "None", STRANGER, None, np.nan)
@@ -45,6 +45,7 @@ def edge_rows(
             near = [np.nextafter(at, np.float32(s * np.inf)) for s in (-1, 1)]
             between = np.nextafter(at.astype(np.float64), np.inf)
             unusual = np.concatenate([_NUMBERS, *[v.astype(np.float64) for v in (at, *near, between)]])
+            unusual = unusual[np.isnan(unusual) | (np.abs(unusual) < 3.4e38)]  # infinite ones are tried apart
         else:
             known = levels.get(column.name, column.categories)
             unusual = np.array([*_TEXTS, *known, *(f" {v}" for v in known), *(v.upper() for v in known)], dtype=object)
@@ -53,7 +54,7 @@ def edge_rows(
         frame[column.name] = mixed.astype(np.float64) if column.kind == "number" else mixed
     return pd.DataFrame(frame)
 
-# %% ../nbs/08d_gate.ipynb #65aaaa5e
+# %% ../nbs/08d_gate.ipynb #e262b17b
 TOLERANCE = 1e-6
 
 
@@ -74,6 +75,11 @@ def _plain(frame: Any) -> dict[str, list[Any]]:
     return {str(c): frame[c].tolist() for c in frame}
 
 
+def _of_pipeline(pipeline: Any, frame: Any) -> Any:
+    with np.errstate(over="ignore", invalid="ignore"):  # its checks add the largest numbers up
+        return pipeline.predict_proba(frame)[:, 1].astype(np.float64)
+
+
 def _answer(predict: Any) -> Any:
     "Probabilities, or that there are none."
     try:
@@ -81,7 +87,7 @@ def _answer(predict: Any) -> Any:
     except ValueError:
         return "refused"
 
-# %% ../nbs/08d_gate.ipynb #35960a05
+# %% ../nbs/08d_gate.ipynb #f1a41b9f
 def gate(
     pipeline: Any,
     compiled: Compiled,
@@ -96,10 +102,10 @@ def gate(
         predictor = Predictor.load(d)  # what will be served: read back from its files
     worst, same, seen, bad = 0.0, True, 0, None
     for where, frame in (("the hold-out", X), ("rows at the edges", edge_rows(compiled, X, schema, rows, seed))):
-        expected = pipeline.predict_proba(frame)[:, 1].astype(np.float64)
+        expected = _of_pipeline(pipeline, frame)
         order = np.random.default_rng(seed).permutation(len(frame.columns))
         shuffled = frame.iloc[:, order]
-        moved = pipeline.predict_proba(shuffled)[:, 1].astype(np.float64)
+        moved = _of_pipeline(pipeline, shuffled)
         for how, found, wanted in _ways(predictor, frame, shuffled, expected, moved, schema):
             difference = np.abs(found - wanted)
             flips = int(((found >= 0.5) != (wanted >= 0.5)).sum())
@@ -135,8 +141,7 @@ def _limits(pipeline: Any, predictor: Predictor, X: Any) -> str | None:
     for name in predictor.form.numbers:
         for value in (np.inf, -np.inf, 1e39, -1e39):
             frame = first.assign(**{name: value})
-            with np.errstate(over="ignore"):
-                wanted = _answer(lambda f=frame: pipeline.predict_proba(f)[:, 1])
+            wanted = _answer(lambda f=frame: _of_pipeline(pipeline, f))
             found = _answer(lambda f=frame: predictor.predict(_plain(f)))
             refused = [isinstance(v, str) for v in (wanted, found)]
             if refused[0] != refused[1] or (not refused[0] and abs(wanted - found).max() > TOLERANCE):

@@ -132,7 +132,7 @@ def open_session(
     except Exception as e:  # its own classes, which differ between versions
         raise PredictorError(f"no model that ONNX Runtime can read: {str(e).splitlines()[0][:200]}") from e
 
-# %% ../nbs/08_predictor.ipynb #631c9f11
+# %% ../nbs/08_predictor.ipynb #77307027
 BLOCK = 8192  # rows encoded at once: a few MB, whatever the length of the table
 ALIKE = 256  # from so many rows on, bringing similar ones together pays: a forest answers 1.5 times as fast
 
@@ -150,7 +150,7 @@ class Predictor:
             encoder.treat_as_missing(form.missing)
         self._blocks = [[row.tobytes() for row in e.table] for e in self._encoders]
         self._pack: Callable[..., bytes] = struct.Struct(f"{2 * len(form.numbers)}f").pack
-        self._inputs = [*form.numbers, *(c.name for c in form.categories)]
+        self.inputs = [*form.numbers, *(c.name for c in form.categories)]
 
     @classmethod
     def load(cls,
@@ -174,7 +174,7 @@ class Predictor:
         columns: Mapping[str, Sequence[Any]],  # input → n values: number or None, text or None
     ) -> np.ndarray:
         "(n,) float64. `OutOfRange` for a number that the model cannot take, `KeyError` for a missing column."
-        values = [columns[name] for name in self._inputs]
+        values = [columns[name] for name in self.inputs]
         n = len(values[0])
         if n == 1:
             return self._one([v[0] for v in values])
@@ -185,7 +185,7 @@ class Predictor:
         rows: Sequence[Mapping[str, Any]],
     ) -> np.ndarray:
         "(n,) float64 for n rows, each with a value for every input."
-        return self.predict({name: [row[name] for row in rows] for name in self._inputs})
+        return self.predict({name: [row[name] for row in rows] for name in self.inputs})
 
     def _one(self, values: list[Any]) -> np.ndarray:
         m = len(self.form.numbers)

@@ -91,10 +91,10 @@ class Profile(BaseModel):
         share = (n - 1).sum() / n.sum()
         return float(self.rows * np.sqrt((((n - 1) - share * n) ** 2).sum() / (len(n) - 1) / len(n)) / n.mean())
 
-# %% ../nbs/03_profile.ipynb #cb4df560
+# %% ../nbs/03_profile.ipynb #dffd32fa
 def _count_rows(hashes: np.ndarray[Any, Any], counts: np.ndarray[Any, Any] | None, k: int) -> tuple[Any, Any]:
     "The `k` smallest distinct hashes and how often each occurs."
-    if counts is None and len(hashes) > 64 * k:  # nothing above this can be among the k smallest, unless rows repeat a lot
+    if counts is None and len(hashes) > 64 * k:  # nothing above can be among the k smallest, unless rows repeat a lot
         low = hashes[hashes <= np.uint64(8 * k / len(hashes) * 2**64)]
         if len(np.unique(low)) >= k:
             hashes = low

@@ -16,7 +16,7 @@ from .drift import Finding, chance, grade, listed, percent, respelled, shown, so
 from .profile import Profile
 from .settings import Drift
 
-# %% ../nbs/04_quality.ipynb #5cc06bdd
+# %% ../nbs/04_quality.ipynb #332d6d86
 def _emptiness(a: ColumnProfile, b: ColumnProfile, t: Drift) -> Iterator[Finding]:
     name, grown = a.name, b.missing_share - a.missing_share
     shared: dict[str, Any] = {"column": name, "old": round(a.missing_share, 6), "new": round(b.missing_share, 6)}
@@ -26,7 +26,8 @@ def _emptiness(a: ColumnProfile, b: ColumnProfile, t: Drift) -> Iterator[Finding
     elif (level := grade(grown, t.missing_warning, t.missing_error)) and \
             chance(b.missing, b.rows, a.missing, a.rows) < t.significance:
         yield Finding(check="missing", severity=level, **shared,
-                      message=f"Missing values of '{name}' rose from {percent(a.missing_share)} to {percent(b.missing_share)}.",
+                      message=f"Missing values of '{name}' rose from {percent(a.missing_share)} to "
+                              f"{percent(b.missing_share)}.",
                       advice="Find out why they are missing before a model learns that they are.",
                       code=f"table = table.drop_nulls({name!r})")
     elif b.missing and not a.missing:
@@ -46,23 +47,26 @@ def _one_sided(a: ColumnProfile, b: ColumnProfile, t: Drift) -> Iterator[Finding
     shared: dict[str, Any] = {"column": a.name, "old": round(before, 6), "new": round(share, 6)}
     by_chance = before ** b.present > t.significance  # few rows easily agree
     if b.constant and not a.constant and not by_chance:
-        yield Finding(check="constant", severity="warning", **shared, message=f"'{a.name}' is '{shown(top)}' in every row.",
+        yield Finding(check="constant", severity="warning", **shared,
+                      message=f"'{a.name}' is '{shown(top)}' in every row.",
                       advice="A column that says nothing now did say something before: check its source.")
     elif share >= t.imbalance:
         same = before >= t.imbalance or by_chance
         yield Finding(check="imbalance", severity="info" if same else "warning", **shared,
-                      message=f"{percent(share)} of '{a.name}' is '{shown(top)}'" + (", much as before." if same else "."),
+                      message=f"{percent(share)} of '{a.name}' is '{shown(top)}'"
+                              + (", much as before." if same else "."),
                       advice="A nearly constant column helps a model little." if same else "Check its source.")
 
-# %% ../nbs/04_quality.ipynb #3f0f6a70
+# %% ../nbs/04_quality.ipynb #e6137d92
 def _ranges(a: ColumnProfile, b: ColumnProfile, t: Drift) -> Iterator[Finding]:
     values, weights = b.points()
     low, high = float(a.minimum), float(a.maximum)  # type: ignore[arg-type]
     outside = float(weights[(values < low) | (values > high)].sum())
     if outside:
-        yield Finding(check="range", column=a.name, severity=grade(outside / b.present, t.outside_warning, t.outside_error) or "info",
-                      message=f"{percent(outside / b.present)} of '{a.name}' lies outside the old range {low:g} – {high:g}: "
-                              f"it now goes from {b.minimum:g} to {b.maximum:g}.",
+        yield Finding(check="range", column=a.name,
+                      severity=grade(outside / b.present, t.outside_warning, t.outside_error) or "info",
+                      message=f"{percent(outside / b.present)} of '{a.name}' lies outside the old range {low:g} – "
+                              f"{high:g}: it now goes from {b.minimum:g} to {b.maximum:g}.",
                       advice="Check unit and source; a tree model answers as at the border.",
                       code=f"table = table.filter(pl.col({a.name!r}).is_between({low:g}, {high:g}))",
                       old=[a.minimum, a.maximum], new=[b.minimum, b.maximum])
@@ -71,22 +75,26 @@ def _ranges(a: ColumnProfile, b: ColumnProfile, t: Drift) -> Iterator[Finding]:
     if q3 > q1:
         hits = [float(w[(v < fences[0]) | (v > fences[1])].sum()) for v, w in (a.points(), (values, weights))]
         shares = hits[0] / a.present, hits[1] / b.present
-        if shares[1] - shares[0] >= t.outlier_warning and chance(hits[1], b.present, hits[0], a.present) < t.significance:
-            yield Finding(check="outliers", column=a.name, severity="warning", old=round(shares[0], 6), new=round(shares[1], 6),
+        grown = shares[1] - shares[0] >= t.outlier_warning
+        if grown and chance(hits[1], b.present, hits[0], a.present) < t.significance:
+            yield Finding(check="outliers", column=a.name, severity="warning", old=round(shares[0], 6),
+                          new=round(shares[1], 6),
                           message=f"{percent(shares[1])} of '{a.name}' lies far outside the old quartiles "
                                   f"({percent(shares[0])} before).",
                           advice="Look at these rows; clip the column if they are mistakes.",
                           code=f"table = table.with_columns(pl.col({a.name!r}).clip({fences[0]:g}, {fences[1]:g}))")
 
-# %% ../nbs/04_quality.ipynb #0a7a5e07
+# %% ../nbs/04_quality.ipynb #0b80d4ab
 def _categories(a: ColumnProfile, b: ColumnProfile, t: Drift, target: bool) -> Iterator[Finding]:
     counts = dict(zip(map(str, b.values), b.counts, strict=True))
     spelled = respelled(a, b)
     name, levels = a.name, set(map(str, a.values))
     novel = [v for v in counts if v not in levels and v not in spelled]
     for check, names, what, advice in (
-        ("encoding", [v for v, w in spelled.items() if w is not None], "other spellings of known values", "Spell them as before."),
-        ("missing_marker", [v for v, w in spelled.items() if w is None], "what looks like missing values", "Read them as missing."),
+        ("encoding", [v for v, w in spelled.items() if w is not None], "other spellings of known values",
+         "Spell them as before."),
+        ("missing_marker", [v for v, w in spelled.items() if w is None], "what looks like missing values",
+         "Read them as missing."),
         ("categories_added", novel if a.exact else [], "values never seen before",
          "Correct them if they are mistakes; if they are real, retraining learns them."),
     ):
@@ -95,9 +103,11 @@ def _categories(a: ColumnProfile, b: ColumnProfile, t: Drift, target: bool) -> I
             continue
         level = "error" if target else grade(share, t.novel_warning, t.novel_error) or "info"
         rules = {v: spelled.get(v) for v in names[:20]}
-        yield Finding(check=check, column=name, severity=level, old=sorted(levels)[:50], new={v: counts[v] for v in names[:50]},
+        code = f"table = table.with_columns(pl.col({name!r}).replace({rules}))" if check != "categories_added" else ""
+        yield Finding(check=check, column=name, severity=level, old=sorted(levels)[:50],
+                      new={v: counts[v] for v in names[:50]},
                       message=f"{percent(share)} of '{name}' are {what}: {listed(names)}.", advice=advice,
-                      code=f"table = table.with_columns(pl.col({name!r}).replace({rules}))" if check != "categories_added" else "")
+                      code=code)
     grown = b.padded / b.present - a.padded / a.present
     if grown >= t.padded_warning and not any(v != v.strip() for v in spelled):
         yield Finding(check="encoding", column=name, severity="warning", old=a.padded, new=b.padded,
@@ -107,7 +117,8 @@ def _categories(a: ColumnProfile, b: ColumnProfile, t: Drift, target: bool) -> I
     if gone and b.exact and not target:
         expected = b.present * sum(gone.values()) / a.present
         missed = bool(np.exp(-expected) < t.significance) and expected / b.present >= t.novel_warning
-        yield Finding(check="categories_removed", column=name, severity="warning" if missed else "info", old=dict(list(gone.items())[:50]), new={},
+        yield Finding(check="categories_removed", column=name, severity="warning" if missed else "info",
+                      old=dict(list(gone.items())[:50]), new={},
                       message=f"No longer seen in '{name}': {listed(list(gone))}"
                               + (f", though {expected:.0f} would be expected." if missed else "; they were rare."),
                       advice="Check whether they were left out on purpose." if missed else "Nothing to do.")

@@ -15,7 +15,7 @@ from .drift import Finding, listed
 from .profile import Profile
 from .settings import Drift
 
-# %% ../nbs/04_relations.ipynb #acd33655
+# %% ../nbs/04_relations.ipynb #d3d46cdd
 def _bias(p: Profile, names: tuple[str, str], rows: int) -> float:
     "Association that independent columns of this many levels show by chance."
     kinds = [p.column(c) for c in names]
@@ -36,11 +36,11 @@ def _target_ties(old: Profile, new: Profile, t: Drift) -> Iterator[Finding]:
     sides = [{c: abs(a.value) for c, a in side.items()} for side in ties]
     ranked = sorted(sides[1], key=lambda c: -sides[1][c])
     if ranked:
+        strongest = ", ".join(f"'{c}' {sides[1][c]:.2f}" for c in ranked[:3])
         best = {c: round(sides[1][c], 3) for c in ranked[:10]}
         yield Finding(check="target_association", column=target, severity="info", new=best,
                       old={c: round(sides[0][c], 3) for c in best if c in sides[0]},
-                      message=f"Most tied to '{target}': " + ", ".join(f"'{c}' {v:.2f}" for c, v in list(best.items())[:3]) + ".",
-                      advice="Nothing to do.")
+                      message=f"Most tied to '{target}': {strongest}.", advice="Nothing to do.")
     for c in ranked:
         if _tied(new, (c, target), ties[1][c], t):
             before = sides[0].get(c, 0.0)
@@ -60,7 +60,7 @@ def _redundant(old: Profile, new: Profile, t: Drift) -> Iterator[Finding]:
                           message=f"'{x}' and '{y}' say nearly the same (association {a.value:.2f}).",
                           advice="One of them is enough for a model.")
 
-# %% ../nbs/04_relations.ipynb #0b8d6f5f
+# %% ../nbs/04_relations.ipynb #4460a9e6
 def changed_pairs(
     old: Profile,
     new: Profile,
@@ -88,11 +88,13 @@ def _changed(old: Profile, new: Profile, t: Drift, explained: frozenset[str]) ->
             for c in names:
                 weight[c] = weight.get(c, 0.0) + 1 + abs(b - a)
         worst = max(weight, key=lambda c: (weight[c], c != new.target))
-        mine = {p: v for p, v in pairs.items() if worst in p}
-        others = {(p[0] if p[1] == worst else p[1]): v for p, v in sorted(mine.items(), key=lambda x: -abs(x[1][1] - x[1][0]))}
+        mine = [p for p in pairs if worst in p]
+        ranked = sorted(mine, key=lambda p: -abs(pairs[p][1] - pairs[p][0]))
+        others = {(p[0] if p[1] == worst else p[1]): pairs[p] for p in ranked}
         name, (a, b) = next(iter(others.items()))
         yield Finding(check="association_changed", column=worst, severity="warning",
-                      old={c: round(v[0], 4) for c, v in others.items()}, new={c: round(v[1], 4) for c, v in others.items()},
+                      old={c: round(v[0], 4) for c, v in others.items()},
+                      new={c: round(v[1], 4) for c, v in others.items()},
                       message=f"'{worst}' no longer goes together with {listed(list(others))} as before: "
                               f"its association with '{name}' went from {a:.2f} to {b:.2f}.",
                       advice="Check how the column was joined or labelled: a model has learned the old tie.")

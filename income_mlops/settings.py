@@ -138,7 +138,7 @@ class Drift(Section):
     domain_rows: Annotated[int, Field(ge=100)] = 5_000
     "Rows of either table that this model sees at most."
 
-# %% ../nbs/00_settings.ipynb #85e741ae
+# %% ../nbs/00_settings.ipynb #81fa7cee
 class MLflow(Section):
     tracking_uri: str = ""
     "Empty: SQLite under the state folder, no server."
@@ -155,7 +155,7 @@ class Serving(Section):
     threshold: Share = 0.5
     follow_every: Seconds = 2
     "Seconds between two looks at the registry."
-    allow_pipeline: bool = True
+    allow_pipeline: bool = False
     "Serve a model without a compiled form by unpickling its pipeline."
     max_rows: Count = 10_000
     "Rows in one request for predictions."

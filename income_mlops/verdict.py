@@ -95,7 +95,7 @@ class _Hasher:
         "Take the next rows."
         self.rows.add(plain(batch, self.missing))
 
-# %% ../nbs/05_verdict.ipynb #8c7e8340
+# %% ../nbs/05_verdict.ipynb #9d6d6246
 def _name(table: Table) -> str:
     return "the table" if isinstance(table, pl.DataFrame) else Path(table).name
 
@@ -107,12 +107,14 @@ def _teller(progress: Progress | None, stage: str, table: Table, start: float, e
     return lambda rows: progress(stage, start + (end - start) * min(rows / total, 1.0))
 
 
-def _observe(table: Table, settings: Settings, make: Callable[[], Rows], told: Callable[[int], None]) -> tuple[Profile, Rows]:
+def _observe(
+    table: Table, settings: Settings, make: Callable[[], Rows], told: Callable[[int], None],
+) -> tuple[Profile, Rows]:
     seen = pour(table, lambda: _Observer(settings, _name(table), make(), told))
     assert seen.profiler.result is not None
     return seen.profiler.result, seen.rows
 
-# %% ../nbs/05_verdict.ipynb #c06c553f
+# %% ../nbs/05_verdict.ipynb #1fb298bd
 def _findings(old: Profile, new: Profile, found: dict[str, ColumnDrift], settings: Settings) -> list[Finding]:
     "What two profiles tell."
     t = settings.drift
@@ -130,7 +132,9 @@ def _ordered(findings: list[Finding], names: list[str]) -> tuple[Finding, ...]:
 def _domain_columns(found: dict[str, ColumnDrift], new: Profile) -> list[str]:
     "Columns for the domain classifier: of a wide table those that moved most."
     names = [c for c in found if c not in new.ignored]
-    return names if len(names) <= MAX_DOMAIN_COLUMNS else sorted(names, key=lambda c: -found[c].effect)[:MAX_DOMAIN_COLUMNS]
+    if len(names) > MAX_DOMAIN_COLUMNS:
+        names = sorted(names, key=lambda c: -found[c].effect)[:MAX_DOMAIN_COLUMNS]
+    return names
 
 # %% ../nbs/05_verdict.ipynb #3bf018a3
 def analyze(

@@ -25,7 +25,7 @@ os.environ.update(QUIET)
 def make_settings(folder: Path, tracking_uri: str = "", **serving: Any) -> Settings:
     """Settings of a project in `folder` that uses the real data."""
     folder.mkdir(parents=True, exist_ok=True)
-    lines = "\n".join(f"{k} = {v}" for k, v in {"follow_every": 0.2, **serving}.items())
+    lines = "\n".join(f"{k} = {v}" for k, v in {"follow_every": 0.2, "allow_pipeline": "true", **serving}.items())
     (folder / "settings.ini").write_text(f"""
 [dataset]
 origin_path = {PROJECT / "data" / "adult.train.csv"}

@@ -56,10 +56,11 @@ def test_data_against_itself() -> None:
 
 def test_grown_data_against_its_origin(train: pl.DataFrame, upload: pl.DataFrame) -> None:
     "The current data after an upload was merged holds all of the original, which is no fault."
-    assert analyze(pl.concat([train, upload]), TRAIN, SETTINGS, holdout=TEST.parent / "adult.test.csv").counts()["error"] == 1
+    assert analyze(pl.concat([train, upload]), TRAIN, SETTINGS, holdout=TEST).counts()["error"] == 1  # half of it leaked
     assert analyze(pl.concat([train, upload]), TRAIN, SETTINGS).verdict == "use as is"
 
 
+BLANK = ("workclass", "sex", "race")
 W, E, NOTE = "warning", "error", "info"
 
 # What is done to the upload; what must be found. Errors not named here fail the case.
@@ -87,8 +88,8 @@ FAULTS: dict[str, tuple[Fault, dict[tuple[str, str | None], str]]] = {
                               {("association_changed", "relationship"): W, ("domain_classifier", None): W}),
     "age shuffled": (lambda t: t.with_columns(pl.col("age").shuffle(seed=1)), {("association_changed", "age"): W}),
     "dots behind labels": (put("income", pl.format("{}.", "income")), {("encoding", "income"): E}),
-    "blanks before everything": (lambda t: t.with_columns(pl.format(" {}", c).alias(c) for c in ("workclass", "sex", "race")),
-                                 {("encoding", c): E for c in ("workclass", "sex", "race")}),
+    "blanks before everything": (lambda t: t.with_columns(pl.format(" {}", c).alias(c) for c in BLANK),
+                                 {("encoding", c): E for c in BLANK}),
     "blanks before some": (put("workclass", pl.format(" {}", "workclass"), 0.05), {("encoding", "workclass"): W}),
     "another case": (put("sex", pl.col("sex").str.to_lowercase(), 0.1), {("encoding", "sex"): W}),
     "N/A for missing": (put("occupation", "N/A", 0.04), {("missing_marker", "occupation"): W}),
@@ -110,10 +111,12 @@ FAULTS: dict[str, tuple[Fault, dict[tuple[str, str | None], str]]] = {
     "a group left out": (lambda t: t.filter(pl.col("marital-status") != "Divorced"),
                          {("categories_removed", "marital-status"): W, ("drift", "marital-status"): W}),
     "the target told": (put("occupation", pl.when(pl.col("income") == ">50K").then(pl.lit("Sales"))
-                            .otherwise(pl.lit("Craft-repair"))), {("target_leak", "occupation"): W, ("drift", "occupation"): E}),
+                            .otherwise(pl.lit("Craft-repair"))),
+                            {("target_leak", "occupation"): W, ("drift", "occupation"): E}),
     "half of the positives gone": (resample(pl.col("income") == ">50K", 0.13), {("target_drift", "income"): W}),
     "older people": (resample(pl.col("age") > 50, 0.5), {("drift", "age"): W}),
-    "another table": (lambda t: t.rename({c: f"x{i}" for i, c in enumerate(t.columns)}), {("no_common_column", None): E}),
+    "another table": (lambda t: t.rename({c: f"x{i}" for i, c in enumerate(t.columns)}),
+                      {("no_common_column", None): E}),
 }
 
 
@@ -146,7 +149,8 @@ def test_holdout_rows_copied_in(upload: pl.DataFrame, holdout: pl.DataFrame) -> 
 def test_holdout_rows_without_their_ignored_column(upload: pl.DataFrame, holdout: pl.DataFrame) -> None:
     "A survey weight left out does not hide the leak."
     table = pl.concat([upload, holdout]).drop("fnlwgt")
-    matched(analyze(table, TRAIN, SETTINGS, holdout=holdout), {("holdout_leak", None): E, ("column_removed", "fnlwgt"): W})
+    matched(analyze(table, TRAIN, SETTINGS, holdout=holdout),
+            {("holdout_leak", None): E, ("column_removed", "fnlwgt"): W})
 
 
 def test_training_rows_are_at_most_a_warning(train: pl.DataFrame, upload: pl.DataFrame, holdout: pl.DataFrame) -> None:
@@ -219,7 +223,7 @@ def test_strange_types(upload: pl.DataFrame, tmp_path) -> None:
         pl.lit(None).alias("nothing"))
     table.write_parquet(tmp_path / "new.parquet")
     found = analyze(tmp_path / "new.parquet", TRAIN, SETTINGS)
-    assert found.verdict == "clean first" and {f.check for f in found.findings if f.severity == "warning"} == {"column_added"}
+    assert {f.check for f in found.findings if f.severity != "info"} == {"column_added"}
     again = analyze(table, table, SETTINGS)
     assert again.verdict == "use as is"
     dtypes = {c.name: c.dtype for c in found.new.columns}
@@ -241,7 +245,8 @@ def test_ten_thousand_columns() -> None:
 def test_tiny_tables(upload: pl.DataFrame) -> None:
     "Few rows: no difference is significant, nothing divides by zero."
     for n in (1, 2, 10, 60):
-        assert analyze(upload[:n], TRAIN, SETTINGS).counts()["error"] == (1 if upload[:n]["income"].n_unique() == 1 else 0)
+        errors = [f.check for f in analyze(upload[:n], TRAIN, SETTINGS).findings if f.severity == "error"]
+        assert errors == ["target_constant"] * (upload[:n]["income"].n_unique() == 1)
 
 
 def test_progress_goes_forward_to_the_end() -> None:
