@@ -99,6 +99,7 @@ def mlflow_server(root):
     assert settings.count('tracking_uri = ""') == 1
     (root / "settings.ini").write_text(settings.replace('tracking_uri = ""', f"tracking_uri = http://127.0.0.1:{port}"))
     words = ["mlflow", "server", "--host", "127.0.0.1", "--port", str(port), "--workers", "1",
-             "--backend-store-uri", f"sqlite:///{root}/server.db", "--artifacts-destination", f"{root}/server-artifacts"]
+             "--backend-store-uri", f"sqlite:///{root}/server.db",
+             "--artifacts-destination", f"{root}/server-artifacts"]
     with running(root, words, f"http://127.0.0.1:{port}/health"):
         yield
