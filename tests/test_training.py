@@ -58,6 +58,19 @@ def test_one_run_with_a_nested_run_per_family(trained):
     assert {"notebook/train.ipynb", "notebook/train.html", "data/train.parquet", "plots/data.png"} <= kept
 
 
+def test_a_training_holds_the_analysis_of_its_data(trained):
+    from income_mlops.profile import Profile
+    runs = runs_of(trained)
+    parent = next(r for r in runs if "mlflow.parentRunId" not in r.data.tags)
+    assert parent.data.tags["data_verdict"] == "use as is" and parent.data.metrics["findings_error"] == 0
+    assert {"report.html", "findings.json", "profile.reference.json", "profile.new.json",
+            "plots/effects.svg"} <= artifacts(trained, parent.info.run_id)
+    for nested in (r for r in runs if "mlflow.parentRunId" in r.data.tags):
+        file = client(trained).download_artifacts(nested.info.run_id, "serving/profile.json")
+        assert Profile.model_validate_json(Path(file).read_text()).rows == 32_561
+
+
+
 def test_the_data_is_named_by_its_full_content(trained):
     import polars as pl
 
