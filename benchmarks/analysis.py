@@ -16,6 +16,7 @@ import subprocess
 import sys
 import tempfile
 from importlib.util import find_spec
+from multiprocessing import get_context
 from pathlib import Path
 
 import numpy as np
@@ -75,13 +76,27 @@ done(imported)
 CONTESTANTS = {"ours": OURS, "evidently": EVIDENTLY, "profiling": PROFILING}
 
 
-def resampled(table: pl.DataFrame, rows: int, seed: int) -> pl.DataFrame:
-    "Rows drawn again and again, their numbers moved a little: as many values as in a table that has grown."
-    rng = np.random.default_rng(seed)
-    drawn = table[rng.integers(0, table.height, rows)]
-    whole = [s.name for s in table if s.dtype.is_integer()]
-    return drawn.with_columns((pl.col(c) + pl.Series(rng.integers(-1, 2, rows)) * (pl.col(c) > 0)).alias(c)
-                              for c in whole)
+def write_table(which: str, rows: int | None, seed: int, path: Path) -> None:
+    "A table as it is, or its rows drawn again and again with their numbers moved a little."
+    settings = load_settings()
+    source = settings.path(settings.dataset.origin_path if which == "old" else settings.dataset.holdout_path or "")
+    table = read_table(source, settings.dataset.columns.missing)
+    if rows:
+        rng = np.random.default_rng(seed)
+        table = table[rng.integers(0, table.height, rows)]
+        table = table.with_columns((pl.col(s.name)
+                                    + pl.Series(rng.integers(-1, 2, rows)) * (pl.col(s.name) > 0)).alias(s.name)
+                                   for s in table if s.dtype.is_integer())
+    table.write_parquet(path)
+
+
+def write(*args: object) -> None:
+    "`write_table` in a process of its own: a child's peak memory counts its parent's at the time of the fork."
+    worker = get_context("spawn").Process(target=write_table, args=args)
+    worker.start()
+    worker.join()
+    if worker.exitcode:
+        sys.exit("could not write a table")
 
 
 def run(name: str, old: Path, new: Path, folder: Path) -> dict[str, float]:
@@ -117,23 +132,15 @@ def main() -> None:
                if n in names and find_spec(module) is None]
     if missing:
         sys.exit(f"not installed: {', '.join(missing)} (pip install -e '.[bench]')")
-    settings = load_settings()
-    source = [read_table(settings.path(f), settings.dataset.columns.missing)
-              for f in (settings.dataset.origin_path, settings.dataset.holdout_path) if f]
     print("     rows  contestant  process (without imports)  peak memory  report")
     with tempfile.TemporaryDirectory() as place:
         folder = Path(place)
         growth = {}
         for size, rows in (("32k/16k", None), *([] if args.quick else [("1M/1M", 10**6), ("10M/1M", 10**7)])):
             old, new = folder / "old.parquet", folder / "new.parquet"
-            if rows is None:
-                source[0].write_parquet(old)
-                source[1].write_parquet(new)
-            elif rows == 10**6:
-                resampled(source[0], rows, 1).write_parquet(old)
-                resampled(source[1], rows, 2).write_parquet(new)
-            else:
-                resampled(source[0], rows, 1).write_parquet(old)
+            write("old", rows, 1, old)
+            if rows != 10**7:
+                write("new", rows, 2, new)
             ours = None
             for name in names:
                 if rows and name == "profiling":
