@@ -143,8 +143,8 @@ def hook(folder: Path, name: str, *files: str) -> subprocess.CompletedProcess[st
                           text=True, env={**os.environ, "PRE_COMMIT_HOME": str(folder.parent / "store")})
 
 
-QUICK_HOOKS = ["nbdev-export", "nbdev-clean", "large-files", "secrets", "private-key", "merge-conflict", "yaml", "toml",
-               "end-of-file", "trailing-whitespace"]  # the others are `make check`
+QUICK_HOOKS = ["large-files", "secrets", "private-key", "merge-conflict", "yaml", "toml", "end-of-file",
+               "trailing-whitespace"]  # the others are `make check`
 
 
 def test_hooks_pass_on_what_is_here(clone):
