@@ -35,17 +35,12 @@ def done(imported):
 """
 
 OURS = SHARED + """
+from income_mlops.report import save_report
 from income_mlops.settings import load_settings
 from income_mlops.verdict import analyze
 settings = load_settings()
-try:
-    from income_mlops.report import write_report
-except ModuleNotFoundError:
-    write_report = None
 imported = time.perf_counter()
-found = analyze(new_file, old_file, settings)
-if write_report:
-    write_report(found, out)
+save_report(analyze(new_file, old_file, settings), out)
 done(imported)
 """
 
@@ -99,7 +94,7 @@ def run(name: str, old: Path, new: Path, folder: Path) -> dict[str, float]:
                           capture_output=True, text=True, env=environment, check=False)
     if done.returncode:
         sys.exit(f"{name} failed:\n{done.stderr[-2000:]}")
-    return {**json.loads(done.stdout.splitlines()[-1]), "html": report.stat().st_size if report.exists() else 0}
+    return {**json.loads(done.stdout.splitlines()[-1]), "html": report.stat().st_size}
 
 
 def show(size: str, name: str, seen: dict[str, float], ours: dict[str, float] | None) -> None:
@@ -107,18 +102,17 @@ def show(size: str, name: str, seen: dict[str, float], ours: dict[str, float] | 
     if ours and name != "ours":
         ratio = (f"   ours: {seen['seconds'] / ours['seconds']:.1f} × faster ({seen['work'] / ours['work']:.1f} ×), "
                  f"{seen['peak'] / ours['peak']:.1f} × less memory")
-    html = f"{seen['html'] / 1e6:5.2f} MB" if seen["html"] else "no report"
     print(f"{size:>9}  {name:10} {seen['seconds']:7.2f} s ({seen['work']:6.2f} s)  {seen['peak'] / 1e6:7.0f} MB  "
-          f"{html}{ratio}", flush=True)
+          f"{seen['html'] / 1e6:5.2f} MB{ratio}", flush=True)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="the small tables only")
-    parser.add_argument("--only", choices=CONTESTANTS, help="one contestant")
+    parser.add_argument("--only", choices=CONTESTANTS, nargs="+", default=list(CONTESTANTS), help="some contestants")
     parser.add_argument("--runs", type=int, default=3, help="runs of the small tables; the best counts")
     args = parser.parse_args()
-    names = [n for n in CONTESTANTS if args.only in (None, n)]
+    names = [n for n in CONTESTANTS if n in args.only]
     missing = [n for n, module in (("evidently", "evidently"), ("profiling", "data_profiling"))
                if n in names and find_spec(module) is None]
     if missing:

@@ -697,6 +697,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                   'income_mlops/relations.py'),
                                         'income_mlops.relations.relations': ('relations.html#relations', 'income_mlops/relations.py')},
             'income_mlops.report': { 'income_mlops.report._file_name': ('report.html#_file_name', 'income_mlops/report.py'),
+                                     'income_mlops.report.image': ('report.html#image', 'income_mlops/report.py'),
                                      'income_mlops.report.plots': ('report.html#plots', 'income_mlops/report.py'),
                                      'income_mlops.report.render': ('report.html#render', 'income_mlops/report.py'),
                                      'income_mlops.report.save_report': ('report.html#save_report', 'income_mlops/report.py')},

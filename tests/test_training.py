@@ -7,25 +7,29 @@ import subprocess
 import sys
 import textwrap
 import time
+import urllib.request
 from pathlib import Path
 
 import pytest
-from training_helpers import children_of, command, set_up
+from training_helpers import children_of, command, free_port, mlflow_server, running, set_up
 
 pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
-    "A project with one short training of both families."
+    "A project with one short training of both families, kept by a real MLflow server."
     root = set_up(tmp_path_factory.mktemp("trained"))
-    command(root, "train", "--trials", "1")
-    return root
+    with mlflow_server(root):
+        command(root, "train", "--trials", "1")
+        yield root
 
 
 def client(root):
     from mlflow.tracking import MlflowClient
-    uri = f"sqlite:///{root / 'var' / 'mlflow.db'}"
+
+    from income_mlops.settings import load_settings
+    uri = load_settings(root / "settings.ini").tracking_uri
     return MlflowClient(uri, uri)
 
 
@@ -74,7 +78,7 @@ def test_the_metrics_are_those_of_the_logged_model(trained):
     test = pd.read_csv(trained / "data" / "adult.test.csv", na_values="?")
     y = (test["income"] == ">50K").astype(int)
     c = client(trained)
-    mlflow.set_tracking_uri(f"sqlite:///{trained / 'var' / 'mlflow.db'}")
+    mlflow.set_tracking_uri(c.tracking_uri)
     for family in ("XGBoost", "RandomForest"):
         version = c.get_model_version_by_alias(f"adult-income.{family}", "newest")
         assert version.version == "1" or version.version == 1
@@ -94,6 +98,35 @@ def test_the_second_training_meets_the_first_as_champion(trained):
     assert comparison["champion"].startswith("XGBoost version 1")
     # the same seed and budget give the same model
     assert comparison["verdict"] == "no clear difference" and comparison["log_loss"]["difference"] == 0
+
+
+def test_api_file_and_pipeline_agree_on_the_whole_holdout(trained):
+    "16,281 rows three ways: the same probability to 1e-6, the same class."
+    import mlflow
+    import numpy as np
+    import pandas as pd
+    test = pd.read_csv(trained / "data" / "adult.test.csv", na_values="?")
+    mlflow.set_tracking_uri(client(trained).tracking_uri)
+    pipeline = mlflow.sklearn.load_model("models:/adult-income.XGBoost@newest")
+    expected = pipeline.predict_proba(test)[:, 1].astype(float)
+    command(trained, "predict", "data/adult.test.csv", "--out", "predicted.csv")
+    from_file = pd.read_csv(trained / "predicted.csv")
+    rows = json.loads(test.drop(columns=["income", "fnlwgt"]).to_json(orient="records"))
+    port = free_port()
+    api = f"http://127.0.0.1:{port}"
+    answers = []
+    with running(trained, ["income_mlops.cli", "serve", "--port", str(port)], f"{api}/ready"):
+        for start in range(0, len(rows), 1000):
+            body = json.dumps({"data": rows[start:start + 1000]}).encode()
+            request = urllib.request.Request(f"{api}/predict", body, {"Content-Type": "application/json"})
+            with urllib.request.urlopen(request) as response:
+                answers.append(json.load(response))
+    from_api = np.concatenate([a["probability"] for a in answers])
+    assert len(from_api) == len(from_file) == len(expected) == 16_281
+    assert np.abs(from_api - expected).max() <= 1e-6 and np.abs(from_file["probability"] - expected).max() <= 1e-6
+    classes = np.where(expected >= 0.5, ">50K", "<=50K")
+    assert (np.concatenate([a["prediction"] for a in answers]) == classes).all()
+    assert (from_file["prediction"] == classes).all()
 
 
 def small(root):
@@ -161,5 +194,5 @@ def finished_trials(journal):
 
 
 def test_no_run_is_left_running(trained):
-    with sqlite3.connect(trained / "var" / "mlflow.db") as db:
+    with sqlite3.connect(trained / "server.db") as db:
         assert db.execute("select count(*) from runs where status = 'RUNNING'").fetchone() == (0,)

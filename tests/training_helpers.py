@@ -1,8 +1,13 @@
 """A project folder like ours with its own state, and the command line in it."""
+import contextlib
 import os
 import shutil
+import socket
 import subprocess
 import sys
+import time
+import urllib.error
+import urllib.request
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
@@ -48,3 +53,53 @@ def children_of(pid):
                 below(child)
     below(pid)
     return found
+
+
+def free_port():
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return s.getsockname()[1]
+
+
+@contextlib.contextmanager
+def running(root, words, health, seconds=180):
+    "A service in a process of its own, once its health page answers; ended afterwards."
+    with (root / "service.log").open("a") as log:
+        process = subprocess.Popen([sys.executable, "-m", *words], cwd=root, stdout=log, stderr=log,
+                                   env=os.environ | {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"})
+    try:
+        deadline = time.monotonic() + seconds
+        while not answers(health):
+            assert process.poll() is None and time.monotonic() < deadline, (root / "service.log").read_text()[-3000:]
+            time.sleep(0.2)
+        yield process
+    finally:
+        process.terminate()
+        try:
+            process.wait(15)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+
+
+def answers(url):
+    "Whether the page is there (not 503)."
+    try:
+        with urllib.request.urlopen(url, timeout=5):
+            return True
+    except (urllib.error.URLError, OSError):
+        return False
+
+
+@contextlib.contextmanager
+def mlflow_server(root):
+    "A real MLflow server for the project, which its settings name."
+    port = free_port()
+    settings = (root / "settings.ini").read_text()
+    assert settings.count('tracking_uri = ""') == 1
+    (root / "settings.ini").write_text(settings.replace('tracking_uri = ""', f"tracking_uri = http://127.0.0.1:{port}"))
+    words = ["mlflow", "server", "--host", "127.0.0.1", "--port", str(port), "--workers", "1",
+             "--backend-store-uri", f"sqlite:///{root}/server.db",
+             "--artifacts-destination", f"{root}/server-artifacts"]
+    with running(root, words, f"http://127.0.0.1:{port}/health"):
+        yield
