@@ -14,12 +14,14 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 unexport VIRTUAL_ENV PYTHONPATH PYTHONHOME
 
 # Caches and kernels need a home that can be written; a container's user may have none.
-ifeq ($(shell test -n "$$HOME" && mkdir -p "$$HOME" 2>/dev/null && test -w "$$HOME" && echo yes),)
+ifeq ($(shell test -n "$${HOME:-}" && mkdir -p "$$HOME" 2>/dev/null && test -w "$$HOME" && echo yes),)
 export HOME := $(CURDIR)/.tools/home
 endif
+# The Python that makes the environment is looked for outside of it.
+FIND_PYTHON := PATH='$(PATH)' tools/find-python
+PYTHON ?= $(shell $(FIND_PYTHON))
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
 
-PYTHON ?= $(shell tools/find-python)
 UV := .tools/bin/uv
 SOURCES := $(wildcard nbs tests tools benchmarks)
 # Notebooks that are used in JupyterLab: run cell by cell in a real kernel.
@@ -71,7 +73,7 @@ endef
 
 UV_STAMP := .tools/uv-$(UV_VERSION)
 $(UV_STAMP):
-	@if [ -z "$(PYTHON)" ]; then tools/find-python --explain; exit 1; fi
+	@if [ -z "$(PYTHON)" ]; then $(FIND_PYTHON) --explain; exit 1; fi
 	@echo "── uv $(UV_VERSION)"
 	@rm -rf .tools; $(PYTHON) -m venv .tools; mkdir -p "$$HOME"
 	@.tools/bin/python -m pip install --quiet "uv==$(UV_VERSION)"

@@ -28,8 +28,8 @@ def register_small_model(project: Path, family: str = "RandomForest"):
     from income_mlops.registry import register
     from income_mlops.settings import load_settings
 
-    with (project / "settings.ini").open("a") as f:
-        f.write("\n[serving]\nallow_pipeline = true\n")  # it is no model of ours: it has no compiled form
+    with (project / "settings.ini").open("a") as f:  # this small pipeline has no compiled form
+        f.write("\n[serving]\nallow_pipeline = true\n")
     settings = load_settings(project / "settings.ini")
     table = read_table(settings.path(settings.dataset.origin_path), settings.dataset.columns.missing).head(4000)
     schema = learn_schema(table, settings.dataset.columns)

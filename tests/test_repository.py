@@ -120,6 +120,21 @@ def test_modules_do_not_know_the_shipped_table(module):
     assert not [w for w in words if re.search(rf"(?<![\w-]){re.escape(w)}(?![\w-])", text, re.IGNORECASE)]
 
 
+@pytest.mark.parametrize(("python3", "said"), [
+    (None, "No python3 on the PATH"), ("case $2 in *exit*) exit 1;; *) echo 3.9.2;; esac", "3.9.2"),
+    (f"case $2 in *ensurepip*) exit 1;; *) exec {sys.executable} \"$@\";; esac", "apt-get install python3-venv"),
+])
+def test_machine_without_a_usable_python_is_told(python3, said, tmp_path):
+    if python3:
+        (tmp_path / "python3").write_text(f"#!/bin/sh\n{python3}\n")
+        (tmp_path / "python3").chmod(0o755)
+    for words, expected in [([], ""), (["--explain"], said)]:
+        done = subprocess.run(["/bin/sh", ROOT / "tools/find-python", *words], env={"PATH": str(tmp_path)},
+                              capture_output=True, text=True)
+        assert done.returncode == 0 and not done.stdout and expected in done.stderr
+        assert len(done.stderr.splitlines()) == bool(words)
+
+
 # ── hooks ─────────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 @pytest.fixture
@@ -143,8 +158,8 @@ def hook(folder: Path, name: str, *files: str) -> subprocess.CompletedProcess[st
                           text=True, env={**os.environ, "PRE_COMMIT_HOME": str(folder.parent / "store")})
 
 
-QUICK_HOOKS = ["nbdev-export", "nbdev-clean", "large-files", "secrets", "private-key", "merge-conflict", "yaml", "toml",
-               "end-of-file", "trailing-whitespace"]  # the others are `make check`
+QUICK_HOOKS = ["large-files", "secrets", "private-key", "merge-conflict", "yaml", "toml", "end-of-file",
+               "trailing-whitespace"]  # the others are `make check`
 
 
 def test_hooks_pass_on_what_is_here(clone):

@@ -218,8 +218,7 @@ class Up:
 
     def __init__(self, folder: Path, mlflow: int, serving: int):
         self.urls = {"MLflow": f"http://127.0.0.1:{mlflow}", "the API": f"http://127.0.0.1:{serving}"}
-        env = {**os.environ, "DYNACONF_MLFLOW__PORT": str(mlflow), "DYNACONF_SERVING__PORT": str(serving),
-               "DYNACONF_SERVING__ALLOW_PIPELINE": "true"}
+        env = {**os.environ, "DYNACONF_MLFLOW__PORT": str(mlflow), "DYNACONF_SERVING__PORT": str(serving)}
         self.out = folder / "up.out"
         with self.out.open("w") as out:
             self.process = subprocess.Popen([sys.executable, "-m", "income_mlops.cli", "up"], cwd=folder, env=env,
@@ -261,6 +260,7 @@ def test_up_serves_a_model_and_stops_within_15_seconds(trained, free_port):
         up.end()
 
 
+@pytest.mark.full  # with small services the same is tested above
 def test_dead_service_ends_up_with_a_report(trained, free_port):
     up = Up(trained, free_port(), free_port())
     try:

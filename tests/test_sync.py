@@ -16,12 +16,16 @@ def check(project: Path) -> subprocess.CompletedProcess[str]:
 
 @pytest.fixture
 def copy(tmp_path: Path) -> Path:
-    "A copy of the project's notebooks and modules to spoil."
-    left_out = shutil.ignore_patterns("__pycache__", ".ipynb_checkpoints")
-    for name in ("nbs", "income_mlops"):
-        shutil.copytree(ROOT / name, tmp_path / "p" / name, ignore=left_out)
+    "A project of the first two notebooks and their modules, to spoil."
+    for folder, names in (("nbs", ("00_settings.ipynb", "01_data.ipynb")),
+                          ("income_mlops", ("__init__.py", "settings.py", "data.py"))):
+        (tmp_path / "p" / folder).mkdir(parents=True)
+        for name in names:
+            shutil.copy2(ROOT / folder / name, tmp_path / "p" / folder)
     for name in ("pyproject.toml", "settings.ini"):
         shutil.copy2(ROOT / name, tmp_path / "p")
+    subprocess.run([Path(sys.executable).parent / "nbdev-export"], cwd=tmp_path / "p", check=True)  # their _modidx.py
+    assert check(tmp_path / "p").returncode == 0
     return tmp_path / "p"
 
 
