@@ -149,8 +149,8 @@ class Supervisor:
     ):
         self.logs, self.environment = logs, dict(environment or {})
         self.children: list[Child] = []
-        self.stopping = False
-        "Set by a signal: the next look around raises `Stopped`."
+        self.stopping = ""
+        "The name of the signal that asked for the end: the next look around raises `Stopped`."
 
     def __enter__(self) -> Self:
         self.logs.mkdir(parents=True, exist_ok=True)
@@ -243,7 +243,7 @@ def answers(
 def signals(supervisor: Supervisor) -> Iterator[None]:
     "Inside the block, Ctrl-C, SIGTERM and a closed terminal end the supervisor's work with `Stopped`."
     def stop(number: int, frame: FrameType | None) -> None:
-        supervisor.stopping = True
+        supervisor.stopping = supervisor.stopping or signal.Signals(number).name
     old = {s: signal.signal(s, stop) for s in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
     try:
         yield

@@ -111,5 +111,5 @@ def up(
                 supervisor.look()
                 time.sleep(0.2)
         except Stopped:
-            say("Stopping …\n")
+            say(f"Stopping ({supervisor.stopping}) …\n")
     say("Stopped.\n")
