@@ -117,7 +117,7 @@ class Swapper(State):
         except NotServable as e:
             self._note(f"the copy of {record.choice.version.name} version {record.choice.version.version}: {e}")
 
-# %% ../nbs/44_loader.ipynb #5bdf2893
+# %% ../nbs/44_loader.ipynb #df4ee19b
 class Loader(Swapper):
     "Keeps `served` what the registry wants it to be, in a thread of its own."
 
@@ -137,6 +137,8 @@ class Loader(Swapper):
         registry.be_impatient()
         with self._lock:
             self._from_copy()
+        if self.served:  # asking imports MLflow, for which the first predictions need not wait
+            self._stop.wait(1)
         pause = self.settings.serving.follow_every
         while not self._stop.is_set():
             with self._lock:

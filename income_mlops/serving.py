@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['Writer', 'model_info', 'health', 'columns_info', 'writer', 'SetModel', 'create_app', 'ServingError', 'serve']
 
-# %% ../nbs/46_serving.ipynb #732df73c
+# %% ../nbs/46_serving.ipynb #6ed9a831
+import asyncio
 import errno
 import logging
 import socket
@@ -215,7 +216,7 @@ def create_app(
     _describe(app, loader)
     return app
 
-# %% ../nbs/46_serving.ipynb #cb47e8cd
+# %% ../nbs/46_serving.ipynb #eab71b6d
 class ServingError(RuntimeError):
     "The service cannot start; the message is one line."
 
@@ -231,6 +232,40 @@ def _listen(host: str, port: int) -> socket.socket:
         raise ServingError(f"cannot listen on {host} port {port} (serving.host, serving.port): {why}") from e
 
 
+class _Joined:
+    "A transport that writes what a turn of the event loop gives it in one piece."
+
+    def __init__(self, transport: Any):
+        self._transport, self._parts = transport, []  # type: ignore[var-annotated]
+
+    def write(self, data: bytes) -> None:
+        if not self._parts:
+            asyncio.get_running_loop().call_soon(self._flush)
+        self._parts.append(data)
+
+    def _flush(self) -> None:
+        parts, self._parts = self._parts, []
+        if parts:
+            self._transport.write(b"".join(parts))
+
+    def close(self) -> None:
+        self._flush()
+        self._transport.close()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._transport, name)
+
+
+def _protocol() -> Any:
+    "uvicorn's HTTP protocol, which writes head and body of an answer apart, with both in one system call."
+    from uvicorn.protocols.http.auto import AutoHTTPProtocol
+
+    class Protocol(AutoHTTPProtocol):  # type: ignore[misc, valid-type]
+        def connection_made(self, transport: Any) -> None:
+            super().connection_made(_Joined(transport))
+    return Protocol
+
+
 def serve(
     settings: Settings,
     port: int | None = None,  # default: `serving.port`; 0: a free one
@@ -241,7 +276,7 @@ def serve(
     logging.basicConfig(format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     logging.getLogger("income_mlops").setLevel(logging.INFO)
     config = uvicorn.Config(create_app(settings), access_log=False, log_level="warning", server_header=False,
-                            timeout_graceful_shutdown=5)
+                            timeout_graceful_shutdown=5, http=_protocol())
     host, bound = listening.getsockname()[:2]
     print(f"API: http://{f'[{host}]' if ':' in host else host}:{bound}", flush=True)
     try:

@@ -1,0 +1,122 @@
+"""What predicting a large file costs, side by side with the model itself and with pandas.
+
+A million rows (the hold-out again and again, as Parquet and as CSV) are predicted in four ways, which take turns:
+
+- `income-mlops predict` from the start of its process to its end: importing, asking the registry which model, reading,
+  encoding, predicting with all cores, writing labels and probabilities as CSV;
+- the same functions in a process that already runs (`batch.predictions` and `batch.write`);
+- the bare model: XGBoost's or scikit-learn's own prediction, with all cores, of an array that is encoded already;
+  nothing is read or written;
+- pandas and the pipeline: `read_csv` or `read_parquet`, `predict_proba` in chunks of 100,000 rows, `to_csv`.
+
+Memory is the highest resident memory of the command, for a tenth of the rows and for all.
+"""
+import argparse
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import polars as pl
+from fitted import fit, project, register_all
+
+from income_mlops.batch import predictions, table_model, write
+from income_mlops.gate import store_compiled
+from income_mlops.predictor import Predictor
+from income_mlops.processing import to_frame
+
+
+def seconds(call: Callable[[], Any]) -> float:
+    start = time.perf_counter()
+    call()
+    return time.perf_counter() - start
+
+
+def command(settings: Any, file: Path, out: Path) -> tuple[float, float]:
+    "Seconds and highest memory in MB of `income-mlops predict`."
+    # not getrusage: its maximum starts with the memory of the process that started the command
+    code = "import re, sys; from income_mlops.cli import main\n" \
+           "try: main(sys.argv[1:])\n" \
+           "finally:\n" \
+           "    peak = re.search(r'VmHWM:\\s+(\\d+)', open('/proc/self/status').read())[1]\n" \
+           "    print('MEMORY', int(peak) // 1024, file=sys.stderr)"
+    words = [sys.executable, "-c", code, "--settings", str(settings.root / "settings.ini"), "predict", str(file),
+             "--out", str(out)]
+    start = time.perf_counter()
+    done = subprocess.run(words, capture_output=True, text=True)
+    took = time.perf_counter() - start
+    if done.returncode:
+        raise SystemExit(done.stderr)
+    return took, float(done.stderr.rpartition("MEMORY")[2].split()[0])
+
+
+def with_pandas(pipeline: Any, schema: Any, file: Path, out: Path) -> None:
+    numbers = schema.names("number")
+    if file.suffix == ".parquet":
+        table = pd.read_parquet(file, columns=schema.names())
+    else:
+        table = pd.read_csv(file, usecols=schema.names(), na_values=["?"], keep_default_na=False)
+    table = table.astype(dict.fromkeys(numbers, "float64"))
+    p = np.concatenate([pipeline.predict_proba(table.iloc[i:i + 100_000])[:, 1] for i in range(0, len(table), 100_000)])
+    labels = np.where(p >= 0.5, schema.classes[1], schema.classes[0])
+    pd.DataFrame({"prediction": labels, "probability": p}).to_csv(out, index=False)
+
+
+def main() -> None:
+    words = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    words.add_argument("--rows", type=int, default=1_000_000)
+    words.add_argument("--rounds", type=int, default=3)
+    given = words.parse_args()
+    with tempfile.TemporaryDirectory() as d:
+        measure(Path(d), given.rows, given.rounds)
+
+
+def measure(folder: Path, rows: int, rounds: int) -> None:
+    settings = project(folder / "project")
+    dataset, pipelines = fit(settings)
+    register_all(settings, dataset, pipelines)
+    schema, out = dataset.schema, folder / "out.csv"
+    holdout = dataset.holdout.drop(schema.target)
+    table = pl.concat([holdout] * (rows // holdout.height + 1)).head(rows)
+    files = {"Parquet": folder / "t.parquet", "CSV": folder / "t.csv"}
+    table.write_parquet(files["Parquet"])
+    table.write_csv(files["CSV"])
+    tenth = folder / "tenth.csv"
+    table.head(rows // 10).write_csv(tenth)
+    print(f"\n{rows:,} rows, median of {rounds} rounds, seconds; {os.cpu_count()} cores")
+    print(f"{'':24}{'predict':>9}{'in process':>12}{'bare model':>12}{'pandas':>9}{'/ bare':>8}{'in proc. / bare':>17}"
+          f"{'pandas / predict':>18}")
+    for family, pipeline in pipelines.items():
+        store_compiled(pipeline, schema, to_frame(dataset.holdout, schema), folder / family)
+        model = table_model(Predictor.load(folder / family), schema)
+        encoded = np.tile(np.asarray(pipeline[:-1].transform(to_frame(dataset.holdout, schema)), dtype=np.float32),
+                          (rows // dataset.holdout.height + 1, 1))[:rows]
+        pipeline.set_params(classifier__n_jobs=os.cpu_count())
+        bare = pipeline[-1].get_booster().inplace_predict if family == "XGBoost" else pipeline[-1].predict_proba
+        for kind, file in files.items():
+            found: dict[str, list[float]] = {"predict": [], "process": [], "bare": [], "pandas": []}
+            for _ in range(rounds):
+                if family == "XGBoost":  # the best one, which the command takes
+                    found["predict"].append(command(settings, file, out)[0])
+                found["process"].append(seconds(lambda f=file, m=model: write(predictions(f, m, schema), out)))
+                found["bare"].append(seconds(lambda b=bare, e=encoded: b(e)))
+                found["pandas"].append(seconds(lambda f=file, p=pipeline: with_pandas(p, schema, f, out)))
+            m = {k: statistics.median(v) for k, v in found.items() if v}
+            whole = f"{m['predict']:9.2f}" if "predict" in m else f"{'':9}"
+            ratios = (f"{m['predict'] / m['bare']:8.2f}" if "predict" in m else f"{'':8}",
+                      f"{m['process'] / m['bare']:17.2f}", f"{m['pandas'] / m.get('predict', m['process']):18.2f}")
+            times = f"{m['process']:12.2f}{m['bare']:12.2f}{m['pandas']:9.2f}"
+            print(f"{family + ', ' + kind:24}", whole, times, *ratios, sep="")
+    (_, small), (_, large) = command(settings, tenth, out), command(settings, files["CSV"], out)
+    print(f"\nHighest memory of the command: {small:.0f} MB for {rows // 10:,} rows, {large:.0f} MB for {rows:,} rows")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,218 @@
+"""The service with compiled models: from registry to answer without unpickling anything."""
+import http.client
+import json
+import socket
+import tempfile
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import httpx
+import numpy as np
+import pytest
+from serving_helpers import Api, make_settings, wait_for
+
+from income_mlops import registry
+from income_mlops.batch import predict_file
+from income_mlops.datasets import original
+from income_mlops.gate import store_compiled
+from income_mlops.models import ModelFactory, RandomForest, XGBoost
+from income_mlops.processing import to_frame, to_labels
+from income_mlops.served import Store
+from income_mlops.settings import Settings
+
+TOLERANCE = 1e-6
+
+
+class Project:
+    "A project with both families trained on some rows and registered with their compiled forms."
+
+    def __init__(self, folder: Path):
+        import mlflow
+        self.settings: Settings = make_settings(folder, allow_pipeline="false")
+        dataset = original(self.settings)
+        self.schema = dataset.schema
+        X, y = to_frame(dataset.train, self.schema).head(6000), to_labels(dataset.train, self.schema)[:6000]
+        self.frame = to_frame(dataset.holdout, self.schema).head(3000)
+        self.rows = dataset.holdout.head(3000).select(self.schema.names()).to_dicts()
+        factory, self.pipelines = ModelFactory(self.settings, self.schema), {}
+        before = mlflow.get_tracking_uri()
+        mlflow.set_tracking_uri(self.settings.tracking_uri)
+        self.settings.state.mkdir(parents=True, exist_ok=True)
+        name = self.settings.mlflow.experiment_name
+        mlflow.create_experiment(name, (folder / "artifacts").as_uri())
+        mlflow.set_experiment(name)
+        try:
+            for family, kind in (("XGBoost", XGBoost), ("RandomForest", RandomForest)):
+                default = {**kind.default, **({"max_depth": 9} if family == "RandomForest" else {})}
+                self.pipelines[family] = factory.make(family).fit(X, y, default, 60)
+                self.register(family)
+        finally:
+            mlflow.set_tracking_uri(before)
+        self.expected = {f"{name}.{f}": p.predict_proba(self.frame)[:, 1] for f, p in self.pipelines.items()}
+
+    def register(self, family: str) -> None:
+        import mlflow
+        with mlflow.start_run(nested=True) as run, tempfile.TemporaryDirectory() as d:
+            mlflow.log_metric("cv_log_loss", 0.28 if family == "XGBoost" else 0.29)
+            stored = store_compiled(self.pipelines[family], self.schema, self.frame, Path(d) / "predictor")
+            assert stored.reason is None, stored.reason
+            (Path(d) / "schema.json").write_text(self.schema.model_dump_json())
+            (Path(d) / "examples.json").write_text(json.dumps(self.rows[:2]))
+            mlflow.log_artifacts(d, "serving")
+            logged = mlflow.sklearn.log_model(self.pipelines[family], name="model", serialization_format="cloudpickle",
+                                              pip_requirements=["scikit-learn"])
+        registry.register(self.settings, run.info.run_id, logged.model_uri, family, "d1")
+
+
+@pytest.fixture(scope="module")
+def project(tmp_path_factory: pytest.TempPathFactory) -> Project:
+    return Project(tmp_path_factory.mktemp("compiled") / "project")
+
+
+@pytest.fixture(scope="module")
+def api(project: Project) -> Any:
+    with Api(project.settings) as api:
+        wait_for(lambda: api.get("/health")["ready"], what="a model")
+        yield api
+
+
+def test_the_compiled_form_is_served_and_nothing_was_unpickled(project: Project, api: Api) -> None:
+    info = api.get("/model_info")
+    assert (info["engine"], info["engine_reason"], info["family"]) == ("onnx", None, "XGBoost")
+    assert 'engine="onnx"' in api.http.get("/metrics").text
+    assert not list(project.settings.state.glob("served/*/model")), "the pipeline was not even fetched"
+    expected = project.expected["adult-income.XGBoost"]
+    for n in (1, 7, 300, 3000):
+        reply = api.predict(project.rows[:n]).json()
+        assert np.abs(np.array(reply["probability"]) - expected[:n]).max() < TOLERANCE
+        assert reply["prediction"] == [">50K" if p >= 0.5 else "<=50K" for p in expected[:n]]
+    one = api.predict(project.rows[5]).json()
+    assert abs(one["probability"] - expected[5]) < TOLERANCE
+
+
+def test_numbers_beyond_the_model_are_refused_with_their_name(project: Project, api: Api) -> None:
+    key = {"X-API-Key": (project.settings.state / "api_key").read_text().strip()}
+
+    def serve(family: str) -> None:
+        asked = {"alias": "newest", "model": family}
+        assert api.http.post("/set_model", json=asked, headers=key).json()["family"] == family
+    row = {**project.rows[0], "age": 1e39}
+    assert api.predict(row).status_code == 200, "XGBoost takes it for infinite"
+    serve("RandomForest")
+    try:
+        for data in (row, [project.rows[1], row]):
+            reply = api.predict(data)
+            assert reply.status_code == 422 and "age: 1e+39" in reply.json()["detail"]
+        assert api.predict(project.rows[0]).status_code == 200
+    finally:
+        serve("XGBoost")
+
+
+def test_200_changes_of_the_model_under_load(project: Project, api: Api) -> None:
+    "Every answer is exactly one of the two models' answers, and names the model that gave it."
+    address = api.url.removeprefix("http://")
+    bodies = [json.dumps({"data": row}).encode() for row in project.rows[:200]]
+    stop, wrong = threading.Event(), []
+    seen = dict.fromkeys(project.expected, 0)
+
+    def client(i: int) -> None:
+        connection = http.client.HTTPConnection(address, timeout=60)
+        while not stop.is_set():
+            i = (i + 1) % 200
+            connection.request("POST", "/predict", bodies[i])
+            reply = connection.getresponse()
+            answer = json.loads(reply.read())
+            if reply.status != 200 or \
+                    abs(answer["probability"] - project.expected[answer["model_name"]][i]) > TOLERANCE:
+                wrong.append((reply.status, answer))
+                return
+            seen[answer["model_name"]] += 1
+    threads = [threading.Thread(target=client, args=(12 * i,)) for i in range(16)]
+    for thread in threads:
+        thread.start()
+    key = {"X-API-Key": (project.settings.state / "api_key").read_text().strip()}
+    try:
+        with httpx.Client(base_url=api.url, timeout=60, headers=key) as person:
+            for n in range(200):
+                family = ("RandomForest", "XGBoost")[n % 2]
+                reply = person.post("/set_model", json={"alias": "newest", "model": family})
+                assert reply.status_code == 200 and reply.json()["family"] == family
+    finally:
+        stop.set()
+        for thread in threads:
+            thread.join()
+    assert not wrong and all(n > 200 for n in seen.values()), (wrong[:2], seen)
+
+
+def test_the_last_model_answers_within_seconds_of_the_start_and_without_mlflow(project: Project, api: Api) -> None:
+    "A restart reads the copy in the state folder; MLflow is not there at all."
+    assert Store(project.settings).read() is not None
+    with socket.create_server(("127.0.0.1", 0)) as silent:  # accepts, never answers
+        other = make_settings(project.settings.root.parent / "restarted", allow_pipeline="false",
+                              follow_every=5).root
+        (other / "var").symlink_to(project.settings.state)
+        text = (other / "settings.ini").read_text()
+        (other / "settings.ini").write_text(
+            text.replace('tracking_uri = ""', f'tracking_uri = "http://127.0.0.1:{silent.getsockname()[1]}"'))
+        from income_mlops.settings import load_settings
+        start = time.perf_counter()
+        with Api(load_settings(other / "settings.ini")) as again:
+            def answered() -> bool:
+                return again.predict(project.rows[0]).status_code == 200
+            wait_for(answered, seconds=15)
+            took = time.perf_counter() - start
+            reply = again.predict(project.rows[0]).json()
+    assert abs(reply["probability"] - project.expected["adult-income.XGBoost"][0]) < TOLERANCE
+    assert took < 9, f"{took:.1f} s: three are promised, on a machine that does nothing else"
+
+
+def test_a_file_is_predicted_with_the_compiled_form(project: Project, tmp_path: Path) -> None:
+    import polars as pl
+    pl.DataFrame(project.rows).write_csv(tmp_path / "t.csv")
+    assert predict_file(project.settings, tmp_path / "t.csv", tmp_path / "out.parquet", chunk_rows=700) == 3000
+    found = pl.read_parquet(tmp_path / "out.parquet")
+    expected = project.expected["adult-income.XGBoost"]
+    assert np.abs(found["probability"].to_numpy() - expected).max() < TOLERANCE
+    assert found["prediction"].to_list() == [">50K" if p >= 0.5 else "<=50K" for p in expected]
+
+
+def test_files_with_quotes_line_ends_and_gaps_are_read_alike(project: Project, tmp_path: Path) -> None:
+    "The fast parser and the careful one give the same rows; errors name the line of the file."
+    import polars as pl
+
+    from income_mlops.batch import chunks
+    from income_mlops.data import DataError
+    lines = ["a,b", "1,x", "2,", ",", " 3 ,é", "4,z"]
+
+    def rows(text: str, size: int = 2) -> tuple[list[Any], list[int]]:
+        (tmp_path / "t.csv").write_bytes(text.encode())
+        parts = list(chunks(tmp_path / "t.csv", size))
+        return pl.concat([p for p, _ in parts]).rows(), [n for _, at in parts for n in at]
+    plain = rows("\n".join(lines) + "\n")
+    assert plain == ([("1", "x"), ("2", None), (None, None), (" 3 ", "é"), ("4", "z")], [2, 3, 4, 5, 6])
+    assert rows("\n".join(lines)) == rows("\r\n".join(lines)) == rows("\ufeff" + "\n".join(lines)) == plain
+    assert rows("\n".join([*lines[:4], '" 3 ","é"', "4,z"])) == plain, "from the middle on with quotes"
+    assert rows("\n".join([*lines[:3], "", *lines[3:]]))[0] == plain[0]
+    assert rows("\n".join([*lines, '"5\n6",7', "8,9"]))[1] == [2, 3, 4, 5, 6, 8, 9]
+    for bad, line in (("5", 7), ("5,6,7", 7), ('"5', 7)):
+        with pytest.raises(DataError, match=f"line {line}"):
+            rows("\n".join([*lines, bad]) + "\n")
+    (tmp_path / "t.csv").write_bytes(b"a,b\n1,2\n3,\xe4\n")
+    with pytest.raises(DataError, match="line 3"):
+        list(chunks(tmp_path / "t.csv"))
+
+
+def test_head_and_body_of_an_answer_come_together(project: Project, api: Api) -> None:
+    "One system call, so usually one segment: nothing waits between head and body."
+    host, port = api.url.removeprefix("http://").split(":")
+    body = json.dumps({"data": project.rows[0]}).encode()
+    together = 0
+    with socket.create_connection((host, int(port))) as s:
+        for _ in range(20):
+            s.sendall(b"POST /predict HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nContent-Length: "
+                      + str(len(body)).encode() + b"\r\n\r\n" + body)
+            got = s.recv(65536)
+            together += got.startswith(b"HTTP/1.1 200") and got.endswith(b"}")
+    assert together >= 18
