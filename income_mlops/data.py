@@ -169,9 +169,9 @@ def _line_of_bad_byte(path: Path) -> str:
                 return f"line {n}: byte 0x{line[e.start]:02x}"
     return "in a multi-line field"
 
-# %% ../nbs/01_data.ipynb #fd5b2677
-def _why_unparsable(path: Path, width: int, error: Exception) -> DataError:
-    "Turn the parser's complaint into the line a person can open."
+# %% ../nbs/01_data.ipynb #51836bf9
+def _ragged(path: Path, width: int) -> DataError | None:
+    "The first line that does not have the header's number of fields, or cannot be read at all."
     import csv
     try:
         with path.open(encoding="utf-8-sig", newline="") as f:
@@ -184,7 +184,7 @@ def _why_unparsable(path: Path, width: int, error: Exception) -> DataError:
         return DataError(f"{path.name}: not UTF-8 text ({_line_of_bad_byte(path)}); save it as UTF-8")
     except csv.Error as e:
         return DataError(f"{path.name}: line {reader.line_num}: {e}", line=reader.line_num)
-    return DataError(f"{path.name}: {' '.join(str(error).split())[:200]}")
+    return None
 
 # %% ../nbs/01_data.ipynb #0ea2f8a2
 def scan_table(
@@ -211,7 +211,7 @@ def scan_table(
     known = {k: v for k, v in (types or {}).items() if k in names}
     return pl.scan_csv(path, null_values=["", *missing], schema_overrides=known, infer_schema_length=None)
 
-# %% ../nbs/01_data.ipynb #bcb82192
+# %% ../nbs/01_data.ipynb #e4455aab
 def read_table(
     path: Path | str,
     missing: tuple[str, ...] = (),  # texts that mean a missing value
@@ -224,9 +224,13 @@ def read_table(
     except pl.exceptions.PolarsError as e:
         if is_parquet(path):
             raise DataError(f"{path.name}: not a readable Parquet file: {str(e).splitlines()[0]}") from e
-        raise _why_unparsable(path, len(_header(path)), e) from e
+        told = f"{path.name}: {' '.join(str(e).split())[:200]}"
+        raise _ragged(path, len(_header(path))) or DataError(told) from e
     if not table.height:
         raise DataError(f"{path.name}: has a header but no rows")
+    # polars fills up a line that is too short; then its last field is missing
+    if table.to_series(-1).null_count() and not is_parquet(path) and (error := _ragged(path, table.width)):
+        raise error
     return table
 
 # %% ../nbs/01_data.ipynb #1a3cc29b
