@@ -42,7 +42,7 @@ test-all: setup check  ## The same with faults, load, stores and containers
 	@$(call run-tests,full or not full)
 
 bench: .venv/.stamp-bench  ## Run the benchmarks one after another
-	@for file in benchmarks/*.py; do echo "── $$file"; python "$$file"; done
+	@for file in benchmarks/[a-z]*.py; do echo "── $$file"; python "$$file"; done
 
 setup: .venv/.stamp  ## Create the environment in .venv from uv.lock
 

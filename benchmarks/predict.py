@@ -25,7 +25,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import polars as pl
-from fitted import fit, project, register_all
+from _fitted import fit, project, register_all
 
 from income_mlops.batch import predictions, table_model, write
 from income_mlops.gate import store_compiled

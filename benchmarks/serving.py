@@ -27,7 +27,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from fitted import fit, project, register_all, requests
+from _fitted import fit, project, register_all, requests
 
 from income_mlops.processing import to_frame
 
