@@ -139,7 +139,7 @@ def load_engine(
         raise NotServable(f"{why}; serving.allow_pipeline = true serves its pipeline, which means unpickling it")
     return PipelineEngine(registry.load_pipeline(folder / "model"), schema, why)
 
-# %% ../nbs/43_served.ipynb #89ed030c
+# %% ../nbs/43_served.ipynb #b5ff531a
 class Asked(BaseModel):
     "What somebody asked to be served, by hand."
     model_config = ConfigDict(frozen=True)
@@ -156,13 +156,18 @@ class Record(BaseModel):
     since: datetime
     asked: Asked | None = None
     by: str | None = None
+    seen: dict[str, dict[str, int]] | None = None
+    "The registry's aliases when it was chosen, where that was noted."
 
 
 class Store:
     "The last served models on disk."
 
-    def __init__(self, settings: Settings):
-        self.settings, self.root = settings, settings.state / "served"
+    def __init__(self,
+        settings: Settings,
+        root: Path | None = None,  # default: `served` in the state folder
+    ):
+        self.settings, self.root = settings, root or settings.state / "served"
 
     def folder(self, version: Version) -> Path:
         return self.root / f"{version.name}-{version.version}-{version.run_id[:8]}"
