@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Glance', 'glance', 'Chosen', 'chosen']
 
-# %% ../nbs/46a_chosen.ipynb #3a2f1bf6
+# %% ../nbs/46a_chosen.ipynb #cb67fb87
 import errno
 import json
 import sqlite3
@@ -19,8 +19,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from . import registry
-from .data import Schema
+from .schema import Schema
 from .promotion import Choice, choose
 from .registry import NEWEST, Unknown, bearing_of, find_family, registered_name
 from .served import Engine, NotServable, Record, Store, load_engine

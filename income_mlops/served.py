@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Engine', 'NotServable', 'PipelineEngine', 'Served', 'load_served', 'load_engine', 'Asked', 'Record', 'Store']
 
-# %% ../nbs/43_served.ipynb #47b081fe
+# %% ../nbs/43_served.ipynb #fabe7d5b
 import json
 import os
 import shutil
@@ -20,7 +20,7 @@ import numpy as np
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from . import registry
-from .data import Schema
+from .schema import Schema
 from .predictor import Predictor, PredictorError
 from .promotion import Choice
 from .registry import Version
