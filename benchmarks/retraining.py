@@ -55,7 +55,8 @@ class Retraining:
     def keep_going(self) -> None:
         if (code := self.process.poll()) is not None:
             if code:
-                raise SystemExit(f"the retraining failed:\n{(self.settings.root / 'retraining.log').read_text()[-2000:]}")
+                said = (self.settings.root / "retraining.log").read_text()
+                raise SystemExit(f"the retraining failed:\n{said[-2000:]}")
             self.process = self.start()
 
     def seconds(self) -> float:
@@ -104,7 +105,8 @@ def retraining(settings: Any, how: str, environment: dict[str, str]) -> Iterator
 
 # ── the measurement ───────────────────────────────────────────────────────────────────────────────────────────────────
 
-def windows(port: int, bodies: list[bytes], n: int, seconds: float, job: Retraining | None) -> tuple[list[Window], float]:
+def windows(port: int, bodies: list[bytes], n: int, seconds: float,
+            job: Retraining | None) -> tuple[list[Window], float]:
     "Some windows, and the cores that the retraining used meanwhile."
     found, used = [], []
     for _ in range(n):
@@ -149,8 +151,8 @@ def measure(folder: Path, given: Any) -> None:
             time.sleep(0.1)
         time.sleep(10)  # until it has asked MLflow for the first time
         steady(port, bodies, RATE, 3)  # warm
-        print(f"\n{RATE} requests/s, open loop, {given.windows} windows of {given.seconds:g} s, {os.cpu_count()} cores; "
-              f"milliseconds\ngenerator: {scheduling()}; API: {scheduling(api.pid)}")
+        print(f"\n{RATE} requests/s, open loop, {given.windows} windows of {given.seconds:g} s, {os.cpu_count()} cores, "
+              f"milliseconds; generator: {scheduling()}; API: {scheduling(api.pid)}")
         print(f"{'':22}{'p50':>8}{'p99':>9}   p99 of each window{'':{max(0, 8 * given.windows - 19)}}{'sent late':>12}"
               f"{'failed':>8}{'cores':>8}")
         idle, failed = [], 0
