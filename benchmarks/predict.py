@@ -10,9 +10,9 @@ A million rows (the hold-out again and again, as Parquet and as CSV) are predict
 - pandas and the pipeline in a process that already runs: `read_csv` or `read_parquet`, `predict_proba` with all cores
   in chunks of 100,000 rows, `to_csv`.
 
-Seconds are medians, and so are the ratios' parts. A command copies its model once, with MLflow's client; that first one
-is shown apart. RandomForest, which is not the better model and so not the command's, gets a tenth of the rows. Memory is
-the highest resident memory of the command, for a tenth of the rows and for all.
+Seconds are medians, and so are the ratios' parts. A command copies its model once, with MLflow's client; that first
+one is shown apart. RandomForest, which is not the better model and so not the command's, gets a tenth of the rows.
+Memory is the highest resident memory of the command, for a part of the rows and for all.
 """
 import argparse
 import os
@@ -88,20 +88,20 @@ def measure(folder: Path, rows: int, rounds: int) -> None:
     holdout, out = dataset.holdout.drop(dataset.schema.target), folder / "out.csv"
     table = pl.concat([holdout] * (rows // holdout.height + 1)).head(rows)
     files = {}
-    for n in (rows, rows // 10):
+    for n in (rows, rows // 3, rows // 10):
         files[n] = {"Parquet": folder / f"{n}.parquet", "CSV": folder / f"{n}.csv"}
         table.head(n).write_parquet(files[n]["Parquet"])
         table.head(n).write_csv(files[n]["CSV"])
     del table
     first, _ = command(settings, files[rows // 10]["CSV"], out)
-    print(f"\nMedian of {rounds} rounds, seconds; {os.cpu_count()} cores; the first command, which copies the model with "
-          f"MLflow's client, took {first:.1f} s for {rows // 10:,} rows")
+    print(f"\nMedian of {rounds} rounds, seconds; {os.cpu_count()} cores; the first command, which copies the model "
+          f"with MLflow's client, took {first:.1f} s for {rows // 10:,} rows")
     print(f"{'':33}{'predict':>9}{'in process':>12}{'bare model':>12}{'pandas':>9}{'predict / bare':>16}"
           f"{'in process / bare':>19}{'pandas / predict':>18}")
     for family, n in (("XGBoost", rows), ("RandomForest", rows // 10)):
         contest(family, pipelines[family], dataset, files[n], n, rounds, settings, out)
-    (_, small), (_, large) = (command(settings, files[n]["CSV"], out) for n in (rows // 10, rows))
-    print(f"\nHighest memory of the command: {small:.0f} MB for {rows // 10:,} rows, {large:.0f} MB for {rows:,} rows")
+    used = {n: command(settings, files[n]["CSV"], out)[1] for n in reversed(files)}
+    print("\nHighest memory of the command: " + ", ".join(f"{mb:.0f} MB for {n:,} rows" for n, mb in used.items()))
 
 
 def contest(family: str, pipeline: Any, dataset: Any, files: dict[str, Path], rows: int, rounds: int, settings: Any,

@@ -151,8 +151,8 @@ def measure(folder: Path, given: Any) -> None:
             time.sleep(0.1)
         time.sleep(10)  # until it has asked MLflow for the first time
         steady(port, bodies, RATE, 3)  # warm
-        print(f"\n{RATE} requests/s, open loop, {given.windows} windows of {given.seconds:g} s, {os.cpu_count()} cores, "
-              f"milliseconds; generator: {scheduling()}; API: {scheduling(api.pid)}")
+        print(f"\n{RATE} requests/s, open loop, {given.windows} windows of {given.seconds:g} s, {os.cpu_count()} cores,"
+              f" milliseconds; generator: {scheduling()}; API: {scheduling(api.pid)}")
         print(f"{'':22}{'p50':>8}{'p99':>9}   p99 of each window{'':{max(0, 8 * given.windows - 19)}}{'sent late':>12}"
               f"{'failed':>8}{'cores':>8}")
         idle, failed = [], 0
