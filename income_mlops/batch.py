@@ -264,7 +264,7 @@ def write(
         with temporary.open("w", encoding="utf-8", newline="") as f:
             return _write_csv(parts, f)
 
-# %% ../nbs/47_batch.ipynb #5a332c44
+# %% ../nbs/47_batch.ipynb #61fdbf19
 def predict_file(
     settings: Settings,
     file: Path | str,  # CSV or Parquet
@@ -272,18 +272,19 @@ def predict_file(
     keep: bool = False,  # the input's columns, too
     chunk_rows: int = 65_536,
     progress: Callable[[int], Any] = lambda rows: None,  # told the number of rows after each chunk
-    say: Callable[[str], Any] = lambda line: None,  # told which model it is
+    say: Callable[[str], Any] = lambda line: None,  # told which model it was, at the end
 ) -> int:
     "Predict every row of a file with the served model. The number of rows; `DataError`, `registry.NoModel`."
     from income_mlops.chosen import chosen
     file = Path(file)
     scan_table(file)  # a file that cannot be read is said before a model is fetched
     found = chosen(settings)
-    say(str(found))
     model, limit = table_model(found.engine, found.schema), settings.serving.threshold
 
     def told() -> Iterator[pl.DataFrame]:
         for part in predictions(file, model, found.schema, limit, keep, chunk_rows):
             yield part
             progress(part.height)
-    return write(told(), out)
+    rows = write(told(), out)
+    say(str(found))
+    return rows

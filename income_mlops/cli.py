@@ -261,7 +261,7 @@ def promote(family: str, version: str, alias: str) -> None:
     done = move(_settings(), family, version, alias)
     click.echo(f"{done.name} version {done.version} is {', '.join(done.aliases)}")
 
-# %% ../nbs/50_cli.ipynb #d4e51e0e
+# %% ../nbs/50_cli.ipynb #fb37457d
 @main.command()
 @click.argument("file", type=click.Path(path_type=Path))
 @click.option("--out", type=click.Path(path_type=Path), metavar="FILE",
@@ -272,8 +272,8 @@ def promote(family: str, version: str, alias: str) -> None:
 def predict(file: Path, out: Path | None, keep: bool, chunk_rows: int) -> None:
     """Predict every row of a file.
 
-    FILE is CSV or Parquet; the model is the one the API serves, or would serve, and is named first. Writes a line
-    `prediction,probability` a row, in the order of the input.
+    FILE is CSV or Parquet; the model is the one the API serves, or would serve, and is named at the end. Writes a
+    line `prediction,probability` a row, in the order of the input.
 
     \b
     Examples:
