@@ -140,7 +140,7 @@ def started(pid: int) -> str | None:
         pass
     return ""
 
-# %% ../nbs/38_tracking.ipynb #d458e725
+# %% ../nbs/38_tracking.ipynb #70503dd1
 def kernel_environment(
     settings: Settings,
     run_id: str,
@@ -153,10 +153,11 @@ def kernel_environment(
     env |= dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "POLARS_MAX_THREADS"), threads)
     return env | {
         "MLFLOW_TRACKING_URI": settings.tracking_uri, "MLFLOW_EXPERIMENT_ID": experiment, "MLFLOW_RUN_ID": run_id,
-        FILE_VARIABLE: str(settings.root / "settings.ini"),
+        FILE_VARIABLE: str(settings.file),
         "MPLBACKEND": "module://matplotlib_inline.backend_inline",
         "MLFLOW_DISABLE_TELEMETRY": "true", "DO_NOT_TRACK": "true", "YDATA_PROFILING_NO_ANALYTICS": "1",
         "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false", "GIT_PYTHON_REFRESH": "quiet",
+        "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",  # a kept notebook says what happened, not where it is kept
         "PYTHONHASHSEED": str(settings.optimization.seed), "PYDEVD_DISABLE_FILE_VALIDATION": "1"}
 
 # %% ../nbs/38_tracking.ipynb #cb2dec6d
