@@ -168,6 +168,14 @@ def artifact(client, run_id, suffix, folder):
     return Path(client.download_artifacts(run_id, f"notebook/behave.{suffix}", str(folder))).read_text()
 
 
+def test_a_kernel_reads_the_very_file_that_its_settings_came_from(project, tmp_path):
+    other = project.root / "other.ini"
+    other.write_text((project.root / "settings.ini").read_text() + "[optimization]\nseed = 77\n")
+    execute("behave.ipynb", {"folder": str(tmp_path)}, load_settings(other), progress=False)
+    env = kernel_of(tmp_path)["env"]
+    assert env["INCOME_MLOPS_SETTINGS"] == str(other) and env["PYTHONHASHSEED"] == "77"
+
+
 @pytest.mark.parametrize("store", ["project", "remote"])
 def test_success(store, request, tmp_path, monkeypatch):
     settings = request.getfixturevalue(store)
