@@ -343,6 +343,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                     'income_mlops.drift._types': ('drift.html#_types', 'income_mlops/drift.py'),
                                     'income_mlops.drift.chance': ('drift.html#chance', 'income_mlops/drift.py'),
                                     'income_mlops.drift.drift': ('drift.html#drift', 'income_mlops/drift.py'),
+                                    'income_mlops.drift.full': ('drift.html#full', 'income_mlops/drift.py'),
                                     'income_mlops.drift.grade': ('drift.html#grade', 'income_mlops/drift.py'),
                                     'income_mlops.drift.listed': ('drift.html#listed', 'income_mlops/drift.py'),
                                     'income_mlops.drift.percent': ('drift.html#percent', 'income_mlops/drift.py'),

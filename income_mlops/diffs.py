@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['DIFF_CSS', 'DIFF_PAGE', 'as_html', 'as_text', 'show', 'diff_runs', 'champion_run', 'log_diff']
 
-# %% ../nbs/39d_diffs.ipynb #fa91f475
+# %% ../nbs/39d_diffs.ipynb #ba55f640
 from functools import cache
 from typing import Any
 
@@ -14,10 +14,11 @@ from .canvas import legible
 from .changes import Diff, as_lines, compare, gathered
 from .kept import read
 from .look import CSS
+from .page import HEAD
 from .settings import Settings
 from .tracking import connect, set_tags
 
-# %% ../nbs/39d_diffs.ipynb #b19ef8f2
+# %% ../nbs/39d_diffs.ipynb #02b56963
 DIFF_CSS = """
 .lines{padding:.5rem 0;margin:.35rem 0 .9rem}.lines span{display:block;padding:0 .9rem;min-height:1.3em}
 .lines .old{background:var(--error-bg)}.lines .new{background:var(--good-bg)}.lines .gap{color:var(--soft)}
@@ -25,16 +26,7 @@ DIFF_CSS = """
 .runs{display:grid;grid-template-columns:max-content 1fr;gap:.2rem 1.2rem;margin-top:1.2rem}
 .runs dt{color:var(--soft)}
 """
-DIFF_PAGE = """<!doctype html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<meta name="color-scheme" content="light dark">
-<meta http-equiv="Content-Security-Policy"
- content="default-src 'none'; style-src 'unsafe-inline'; img-src data:; base-uri 'none'; form-action 'none'">
-<meta name="referrer" content="no-referrer">
-<title>{{ d.old.name | legible(60) }} → {{ d.new.name | legible(60) }}</title>
+DIFF_PAGE = HEAD + """<title>{{ d.old.name | legible(60) }} → {{ d.new.name | legible(60) }}</title>
 <link rel="icon" href="data:,">
 <style>{{ css | safe }}</style>
 </head>

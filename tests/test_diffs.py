@@ -1,4 +1,4 @@
-"""Real trainings compared and executed again: what differs is said, what is noise is not, and numbers come out equal."""
+"""Real trainings compared and executed again: what differs is said, noise is not, and numbers come out equal."""
 import json
 import re
 import shutil
