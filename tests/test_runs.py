@@ -4,7 +4,6 @@ import os
 import re
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import threading
@@ -14,6 +13,7 @@ from pathlib import Path
 
 import nbformat
 import pytest
+from helpers import free_port, wait_for
 
 from income_mlops.parameters import ParameterError
 from income_mlops.runs import RunError, RunStopped, RunTimeout, RunUnrecorded, execute, reconcile
@@ -53,9 +53,7 @@ class Server:
 
     def __init__(self, folder):
         self.folder, self.process = folder, None
-        with socket.socket() as s:
-            s.bind(("127.0.0.1", 0))
-            self.port = s.getsockname()[1]
+        self.port = free_port()
         self.uri = f"http://127.0.0.1:{self.port}"
 
     def start(self):
@@ -78,15 +76,6 @@ def new_project(folder, uri=""):
     for file in NOTEBOOKS.glob("*.ipynb"):
         shutil.copy(file, folder)
     return load_settings(folder / "settings.ini")
-
-
-def wait_for(what, seconds=60.0, message=""):
-    "The first true value of `what()`."
-    until = time.monotonic() + seconds
-    while not (value := what()):
-        assert time.monotonic() < until, f"waited {seconds} s: {message}"
-        time.sleep(0.05)
-    return value
 
 
 def with_runs(settings, **changes):
