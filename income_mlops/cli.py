@@ -65,7 +65,7 @@ class Commands(click.Group):
                 raise
             _fail(_message(e), _code(e))
 
-# %% ../nbs/50_cli.ipynb #6e986bf4
+# %% ../nbs/50_cli.ipynb #9687c4d8
 @click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
              epilog="Exit codes: 0 success, 1 error, 2 wrong usage, 3 unusable input, 130 interrupted.")
 @click.option("--settings", "file", metavar="FILE", type=click.Path(path_type=Path, exists=True, dir_okay=False),
@@ -88,10 +88,6 @@ def main(ctx: click.Context, file: Path | None, debug: bool) -> None:
         ctx.command.debug = debug
     if file:  # in the environment, so that kernels and services started from here read the same file
         os.environ["INCOME_MLOPS_SETTINGS"] = str(file.resolve())
-
-
-main.add_command(diff)
-main.add_command(replay)
 
 # %% ../nbs/50_cli.ipynb #573c7ca2
 @main.command()
@@ -306,6 +302,9 @@ def settings(as_json: bool) -> None:
     for key, value, origin in shown:
         click.echo(f"{key:<{keys}} = {value:<{min(values, 40)}}  # {origin}")
 
-# %% ../nbs/50_cli.ipynb #3b39cd89
+# %% ../nbs/50_cli.ipynb #299da941
+main.add_command(diff)
+main.add_command(replay)
+
 if __name__ == "__main__" and "__file__" in globals():
     main(prog_name="income-mlops")
