@@ -6,17 +6,17 @@
 __all__ = ['USAGE', 'UNUSABLE', 'INTERRUPTED', 'CLEAN', 'WARNINGS', 'ERRORS', 'Commands', 'main', 'up', 'serve', 'train',
            'analyze', 'models', 'promote', 'predict', 'settings']
 
-# %% ../nbs/50_cli.ipynb #095b116a
+# %% ../nbs/50_cli.ipynb #15bef7b1
 import json
 import os
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import Any, NoReturn
 
 import click
 
-if TYPE_CHECKING:
-    from income_mlops.settings import Settings
+from .cli_runs import diff, replay
+from .console import project as _settings, quiet as _quiet
 
 # %% ../nbs/50_cli.ipynb #024c2dec
 USAGE, UNUSABLE, INTERRUPTED = 2, 3, 130
@@ -65,7 +65,7 @@ class Commands(click.Group):
                 raise
             _fail(_message(e), _code(e))
 
-# %% ../nbs/50_cli.ipynb #ff6dfbc7
+# %% ../nbs/50_cli.ipynb #9687c4d8
 @click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
              epilog="Exit codes: 0 success, 1 error, 2 wrong usage, 3 unusable input, 130 interrupted.")
 @click.option("--settings", "file", metavar="FILE", type=click.Path(path_type=Path, exists=True, dir_okay=False),
@@ -88,19 +88,6 @@ def main(ctx: click.Context, file: Path | None, debug: bool) -> None:
         ctx.command.debug = debug
     if file:  # in the environment, so that kernels and services started from here read the same file
         os.environ["INCOME_MLOPS_SETTINGS"] = str(file.resolve())
-
-
-def _settings() -> "Settings":
-    from income_mlops.settings import load_settings
-    return load_settings()
-
-
-def _quiet() -> None:
-    "MLflow speaks to developers; a command speaks to its user."
-    for name, value in (("MLFLOW_DISABLE_TELEMETRY", "true"), ("GIT_PYTHON_REFRESH", "quiet"),
-                        ("MLFLOW_LOGGING_LEVEL", "WARNING"), ("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true"),
-                        ("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")):
-        os.environ.setdefault(name, value)
 
 # %% ../nbs/50_cli.ipynb #573c7ca2
 @main.command()
@@ -316,6 +303,9 @@ def settings(as_json: bool) -> None:
     for key, value, origin in shown:
         click.echo(f"{key:<{keys}} = {value:<{min(values, 40)}}  # {origin}")
 
-# %% ../nbs/50_cli.ipynb #3b39cd89
+# %% ../nbs/50_cli.ipynb #299da941
+main.add_command(diff)
+main.add_command(replay)
+
 if __name__ == "__main__" and "__file__" in globals():
     main(prog_name="income-mlops")
