@@ -97,7 +97,7 @@ class Runs(Section):
     end_timeout: Seconds = 60
     "Seconds to try telling MLflow that a notebook has ended, while it does not answer."
 
-# %% ../nbs/00_settings.ipynb #6148cc64
+# %% ../nbs/00_settings.ipynb #7ef7aab6
 class Jobs(Section):
     storage: str = Field(default="", repr=False)
     "Database of the queue (`postgresql://…`); empty: SQLite under the state folder."
@@ -111,6 +111,8 @@ class Jobs(Section):
     "Seconds without a sign of life after which a worker elsewhere counts as dead."
     threads: Annotated[int, Field(ge=0)] = 0
     "Threads of a job; 0: one less than there are cores, so that predictions stay fast."
+    scheduling: Literal["idle", "batch", "normal"] = "idle"
+    "How a job competes for the processor, on Linux: `idle` gives way to everything else at once."
 
 
 class Retraining(Section):
