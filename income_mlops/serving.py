@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Writer', 'model_info', 'health', 'columns_info', 'writer', 'SetModel', 'create_app', 'ServingError', 'serve']
 
-# %% ../nbs/46_serving.ipynb #6ed9a831
+# %% ../nbs/46_serving.ipynb #104c86f8
 import asyncio
 import errno
 import logging
@@ -27,11 +27,12 @@ from . import registry
 from .access import api_key, is_key
 from .answers import Front, Meters
 from .loader import Loader
+from .outlook import Outlook
 from .requests import body_schema
 from .served import NotServable, Served
 from .settings import Settings
 
-# %% ../nbs/46_serving.ipynb #5d5977a7
+# %% ../nbs/46_serving.ipynb #8d7f4cbe
 def model_info(
     served: Served,
     settings: Settings,
@@ -48,13 +49,15 @@ def model_info(
 
 def health(
     loader: Loader,
+    outlook: Outlook,
 ) -> dict[str, Any]:
     "What `/health` answers: noted earlier, nobody is asked now."
     served = loader.served
     return {"status": "ok", "ready": served is not None, "reason": None if served else loader.reason,
             "model": served.version.name if served else None, "version": served.version.version if served else None,
             "alias": served.alias if served else None, "since": served.since if served else None,
-            "mlflow": loader.mlflow, "last_error": loader.last_error}
+            "mlflow": loader.mlflow, "queue": outlook.queue, "training": outlook.training,
+            "last_error": loader.last_error}
 
 
 def columns_info(
@@ -114,18 +117,18 @@ def _handle_problems(app: FastAPI) -> None:
     app.add_exception_handler(NotServable, told(409))
     app.add_exception_handler(500, lambda _, e: JSONResponse({"detail": f"internal error: {type(e).__name__}"}, 500))
 
-# %% ../nbs/46_serving.ipynb #b0229efb
+# %% ../nbs/46_serving.ipynb #f76e233d
 def _need(loader: Loader) -> Served:
     if loader.served is None:
         raise HTTPException(503, f"no model is served yet: {loader.reason}", {"Retry-After": "5"})
     return loader.served
 
 
-def _add_routes(app: FastAPI, settings: Settings, loader: Loader, meters: Meters) -> None:
+def _add_routes(app: FastAPI, settings: Settings, loader: Loader, meters: Meters, outlook: Outlook) -> None:
     @app.get("/health", tags=["service"])
     async def get_health() -> dict[str, Any]:
-        "200 while the process lives, with the state of the model and of MLflow."
-        return health(loader)
+        "200 while the process lives, with the state of the model, of MLflow and of the queue."
+        return health(loader, outlook)
 
     @app.get("/ready", tags=["service"])
     async def get_ready() -> dict[str, Any]:
@@ -192,17 +195,19 @@ def _describe(app: FastAPI, loader: Loader) -> None:
 
     app.openapi = openapi  # type: ignore[method-assign]
 
-# %% ../nbs/46_serving.ipynb #b3d28e22
+# %% ../nbs/46_serving.ipynb #d542c2fa
 def create_app(
     settings: Settings,
 ) -> FastAPI:
     "The service. Its loader starts and stops with it; `app.state` holds `settings`, `loader`, `meters` and `api_key`."
-    loader, meters = Loader(settings), Meters()
+    loader, meters, outlook = Loader(settings), Meters(), Outlook(settings)
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
         loader.start()
+        outlook.start()
         yield
+        outlook.stop()
         loader.stop()
 
     app = FastAPIOffline(
@@ -212,7 +217,7 @@ def create_app(
     app.state.api_key = api_key(settings)
     app.add_middleware(Front, settings=settings, loader=loader, meters=meters)
     _handle_problems(app)
-    _add_routes(app, settings, loader, meters)
+    _add_routes(app, settings, loader, meters, outlook)
     _describe(app, loader)
     return app
 
