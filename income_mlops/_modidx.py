@@ -954,6 +954,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                          'income_mlops.supervisor.up': ('supervisor.html#up', 'income_mlops/supervisor.py')},
             'income_mlops.tracking': { 'income_mlops.tracking.TrackingError': ('tracking.html#trackingerror', 'income_mlops/tracking.py'),
                                        'income_mlops.tracking._git': ('tracking.html#_git', 'income_mlops/tracking.py'),
+                                       'income_mlops.tracking._make_store': ('tracking.html#_make_store', 'income_mlops/tracking.py'),
                                        'income_mlops.tracking.connect': ('tracking.html#connect', 'income_mlops/tracking.py'),
                                        'income_mlops.tracking.experiment_id': ('tracking.html#experiment_id', 'income_mlops/tracking.py'),
                                        'income_mlops.tracking.kernel_environment': ( 'tracking.html#kernel_environment',

@@ -1,7 +1,6 @@
 """A small project with real rows, uploads, workers in processes of their own, and a real PostgreSQL."""
 import json
 import os
-import random
 import signal
 import subprocess
 import sys
@@ -186,8 +185,3 @@ def postgres(folder: Path):
     finally:
         server.send_signal(signal.SIGINT)  # fast shutdown
         server.wait(30)
-
-
-def some_delay(seed: random.Random) -> float:
-    "Seconds until a kill: often soon, sometimes late enough for a step to end."
-    return seed.uniform(0, 5) if seed.random() < 0.6 else seed.uniform(5, 25)

@@ -14,7 +14,6 @@ from job_helpers import (
     new_project,
     postgres,
     rows,
-    some_delay,
     upload,
     wait_for,
     wait_until_over,
@@ -27,6 +26,17 @@ from income_mlops.jobs import Queue
 
 KILLS = int(os.environ.get("JOB_KILLS", "20"))  # more, for a night
 pytestmark = [pytest.mark.full, pytest.mark.timeout(1800 + 60 * KILLS)]
+
+
+def wait_for_a_point(queue, worker, seed):
+    "Wait for a random point of the worker's job: soon, or some seconds into a later step. The job, if it still has it."
+    def present():
+        return next((j for j in queue.list("running") if worker.has(j)), None)
+    step, delay = seed.choice(("", "", "analyze against current", "train", "train")), seed.uniform(0, 6)
+    while (at := present()) and not at.step.startswith(step):
+        time.sleep(0.1)
+    time.sleep(delay if at else 0)
+    return present()
 
 
 def test_workers_killed_at_random_points(tmp_path):
@@ -44,8 +54,7 @@ def test_workers_killed_at_random_points(tmp_path):
             if busy is None or len(killed) >= KILLS:
                 time.sleep(0.1)
                 continue
-            time.sleep(some_delay(seed))
-            if (at := next((j for j in queue.list("running") if busy.has(j)), None)) is None:
+            if (at := wait_for_a_point(queue, busy, seed)) is None:
                 continue
             busy.stop(signal.SIGKILL)
             killed.append(f"{at.step} {at.cell}")

@@ -67,16 +67,16 @@ def nap_worker(queue):
 
 
 def test_killed_workers_lose_nothing_and_do_nothing_twice(queue):
-    "Thirty jobs, three workers, each of which is killed once: each job succeeds once, in order."
+    "Fifteen jobs, three workers, each of which is killed once: each job succeeds once, in order."
     seed = random.Random(4)
-    jobs = [queue.add("analyze" if n % 3 == 2 else "retrain", "a test", upload=f"{n:032x}") for n in range(30)]
+    jobs = [queue.add("analyze" if n % 3 == 2 else "retrain", "a test", upload=f"{n:032x}") for n in range(15)]
     running, kills = [nap_worker(queue) for _ in range(3)], 0
     try:
-        until = time.monotonic() + 60
-        while (counts := queue.counts())["succeeded"] < 30:
+        until = time.monotonic() + 180
+        while (counts := queue.counts())["succeeded"] < 15:
             assert time.monotonic() < until, counts
             time.sleep(seed.uniform(0, 0.1))
-            if kills < 3 and counts["succeeded"] >= 5 * (kills + 1):
+            if kills < 3 and counts["succeeded"] >= 3 * (kills + 1):
                 victim = running.pop(0)
                 victim.kill()
                 victim.wait()
