@@ -220,13 +220,13 @@ def deletions(
     found = [Deletion.model_validate_json(f.read_bytes()) for f in _store(settings).glob(".deleted/[!.]*.json")]
     return sorted(found, key=lambda d: d.deleted, reverse=True)
 
-# %% ../nbs/06b_uploads.ipynb #0014009e
+# %% ../nbs/06b_uploads.ipynb #520a7c95
 def _merged_into(settings: Settings, upload: str) -> tuple[str, ...]:
     "Versions that came from an upload, or from such a version."
     from income_mlops import datasets
     found: list[str] = []
     for version in datasets.versions(settings):
-        if upload[:8] in version.manifest.source or version.manifest.parent in found:
+        if f"upload {upload[:8]}" in version.manifest.source or version.manifest.parent in found:
             found.append(version.id)
     return tuple(found)
 
