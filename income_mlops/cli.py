@@ -6,7 +6,7 @@
 __all__ = ['USAGE', 'UNUSABLE', 'INTERRUPTED', 'CLEAN', 'WARNINGS', 'ERRORS', 'Commands', 'main', 'up', 'serve', 'train',
            'analyze', 'models', 'promote', 'predict', 'settings']
 
-# %% ../nbs/50_cli.ipynb #095b116a
+# %% ../nbs/50_cli.ipynb #eff1ca29
 import json
 import os
 import sys
@@ -14,6 +14,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import click
+
+from . import cli_data
 
 if TYPE_CHECKING:
     from income_mlops.settings import Settings
@@ -102,7 +104,7 @@ def _quiet() -> None:
                         ("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")):
         os.environ.setdefault(name, value)
 
-# %% ../nbs/50_cli.ipynb #573c7ca2
+# %% ../nbs/50_cli.ipynb #e1937a9f
 @main.command()
 def up() -> None:
     """Start everything; Ctrl-C stops it.
@@ -124,8 +126,9 @@ def serve(port: int | None) -> None:
       income-mlops serve --port 9000
       curl http://127.0.0.1:9000/health
     """
+    from income_mlops.intake import part
     from income_mlops.serving import serve as start
-    start(_settings(), port=port)
+    start(_settings(), port=port, parts=[part])
 
 # %% ../nbs/50_cli.ipynb #44598032
 @main.command()
@@ -314,6 +317,10 @@ def settings(as_json: bool) -> None:
     keys, values = (max(len(r[i]) for r in shown) for i in (0, 1))
     for key, value, origin in shown:
         click.echo(f"{key:<{keys}} = {value:<{min(values, 40)}}  # {origin}")
+
+# %% ../nbs/50_cli.ipynb #b0d6b242
+main.add_command(cli_data.upload)
+main.add_command(cli_data.datasets)
 
 # %% ../nbs/50_cli.ipynb #3b39cd89
 if __name__ == "__main__" and "__file__" in globals():
