@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 import click
 
-from . import cli_jobs
+from . import cli_data, cli_jobs
 
 if TYPE_CHECKING:
     from income_mlops.settings import Settings
@@ -131,10 +131,11 @@ def serve(port: int | None, no_worker: bool) -> None:
     """
     from contextlib import nullcontext
 
+    from income_mlops.intake import part
     from income_mlops.serving import serve as start
     settings = _settings()
     with nullcontext() if no_worker else cli_jobs.own_worker(settings):
-        start(settings, port=port)
+        start(settings, port=port, parts=[part])
 
 # %% ../nbs/50_cli.ipynb #9f0e3cfd
 @main.command()
@@ -321,6 +322,10 @@ def settings(as_json: bool) -> None:
     keys, values = (max(len(r[i]) for r in shown) for i in (0, 1))
     for key, value, origin in shown:
         click.echo(f"{key:<{keys}} = {value:<{min(values, 40)}}  # {origin}")
+
+# %% ../nbs/50_cli.ipynb #b0d6b242
+main.add_command(cli_data.upload)
+main.add_command(cli_data.datasets)
 
 # %% ../nbs/50_cli.ipynb #3b39cd89
 if __name__ == "__main__" and "__file__" in globals():

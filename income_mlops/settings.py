@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['Words', 'Port', 'Share', 'Seconds', 'Count', 'ENV_PREFIX', 'FILE_VARIABLE', 'Section', 'Paths', 'Columns', 'Dataset',
-           'Preparation', 'Optimization', 'Runs', 'Jobs', 'Retraining', 'Drift', 'MLflow', 'Serving', 'Dashboard',
-           'Docs', 'Settings', 'SettingsError', 'find_settings', 'load_settings', 'effective']
+           'Preparation', 'Optimization', 'Runs', 'Jobs', 'Retraining', 'Drift', 'MLflow', 'Serving', 'Uploads',
+           'Dashboard', 'Docs', 'Settings', 'SettingsError', 'find_settings', 'load_settings', 'effective']
 
 # %% ../nbs/00_settings.ipynb #a4abee90
 import os
@@ -161,7 +161,7 @@ class Drift(Section):
     domain_rows: Annotated[int, Field(ge=100)] = 5_000
     "Rows of either table that this model sees at most."
 
-# %% ../nbs/00_settings.ipynb #81fa7cee
+# %% ../nbs/00_settings.ipynb #c8ac22f5
 class MLflow(Section):
     tracking_uri: str = ""
     "Empty: SQLite under the state folder, no server."
@@ -191,6 +191,15 @@ class Serving(Section):
     "Names this service may be called by, with a port or for any port; `*` for all."
 
 
+class Uploads(Section):
+    keep_days: Annotated[Annotated[float, Field(gt=0)] | None, BeforeValidator(lambda v: v or None)] = None
+    "Days after which an upload is deleted; empty: never. What was merged into the training data stays there."
+    check_timeout: Seconds = 600
+    "Seconds that the check of one file may take."
+    check_memory_mb: Annotated[float, Field(ge=512)] = 4096
+    "Memory that the check of one file may use: a small file can unfold to a large table."
+
+
 class Dashboard(Section):
     host: str = "127.0.0.1"
     port: Port = 8501
@@ -200,7 +209,7 @@ class Docs(Section):
     host: str = "127.0.0.1"
     port: Port = 8000
 
-# %% ../nbs/00_settings.ipynb #a293e60c
+# %% ../nbs/00_settings.ipynb #9709b557
 class Settings(Section):
     "Effective settings of one project folder."
     root: Path
@@ -213,6 +222,7 @@ class Settings(Section):
     preparation: Preparation = Preparation()
     optimization: Optimization = Optimization()
     runs: Runs = Runs()
+    uploads: Uploads = Uploads()
     jobs: Jobs = Jobs()
     retraining: Retraining = Retraining()
     drift: Drift = Drift()
