@@ -6,19 +6,18 @@
 __all__ = ['USAGE', 'UNUSABLE', 'INTERRUPTED', 'CLEAN', 'WARNINGS', 'ERRORS', 'Commands', 'main', 'up', 'serve', 'train',
            'analyze', 'models', 'promote', 'predict', 'settings']
 
-# %% ../nbs/50_cli.ipynb #d25b7f07
+# %% ../nbs/50_cli.ipynb #15bef7b1
 import json
 import os
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import Any, NoReturn
 
 import click
 
 from . import cli_data, cli_jobs
-
-if TYPE_CHECKING:
-    from income_mlops.settings import Settings
+from .cli_runs import diff, replay
+from .console import project as _settings, quiet as _quiet
 
 # %% ../nbs/50_cli.ipynb #024c2dec
 USAGE, UNUSABLE, INTERRUPTED = 2, 3, 130
@@ -67,7 +66,7 @@ class Commands(click.Group):
                 raise
             _fail(_message(e), _code(e))
 
-# %% ../nbs/50_cli.ipynb #ff6dfbc7
+# %% ../nbs/50_cli.ipynb #9687c4d8
 @click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
              epilog="Exit codes: 0 success, 1 error, 2 wrong usage, 3 unusable input, 130 interrupted.")
 @click.option("--settings", "file", metavar="FILE", type=click.Path(path_type=Path, exists=True, dir_okay=False),
@@ -90,19 +89,6 @@ def main(ctx: click.Context, file: Path | None, debug: bool) -> None:
         ctx.command.debug = debug
     if file:  # in the environment, so that kernels and services started from here read the same file
         os.environ["INCOME_MLOPS_SETTINGS"] = str(file.resolve())
-
-
-def _settings() -> "Settings":
-    from income_mlops.settings import load_settings
-    return load_settings()
-
-
-def _quiet() -> None:
-    "MLflow speaks to developers; a command speaks to its user."
-    for name, value in (("MLFLOW_DISABLE_TELEMETRY", "true"), ("GIT_PYTHON_REFRESH", "quiet"),
-                        ("MLFLOW_LOGGING_LEVEL", "WARNING"), ("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true"),
-                        ("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")):
-        os.environ.setdefault(name, value)
 
 # %% ../nbs/50_cli.ipynb #c02680d6
 @main.command()
@@ -265,7 +251,7 @@ def promote(family: str, version: str, alias: str) -> None:
     done = move(_settings(), family, version, alias)
     click.echo(f"{done.name} version {done.version} is {', '.join(done.aliases)}")
 
-# %% ../nbs/50_cli.ipynb #4872b14e
+# %% ../nbs/50_cli.ipynb #fb37457d
 @main.command()
 @click.argument("file", type=click.Path(path_type=Path))
 @click.option("--out", type=click.Path(path_type=Path), metavar="FILE",
@@ -276,8 +262,8 @@ def promote(family: str, version: str, alias: str) -> None:
 def predict(file: Path, out: Path | None, keep: bool, chunk_rows: int) -> None:
     """Predict every row of a file.
 
-    FILE is CSV or Parquet; the model is the one the API serves. Writes a line `prediction,probability` a row, in the
-    order of the input.
+    FILE is CSV or Parquet; the model is the one the API serves, or would serve, and is named at the end. Writes a
+    line `prediction,probability` a row, in the order of the input.
 
     \b
     Examples:
@@ -292,7 +278,8 @@ def predict(file: Path, out: Path | None, keep: bool, chunk_rows: int) -> None:
     columns = (SpinnerColumn(), TextColumn("{task.completed:,} rows"), TimeElapsedColumn())
     with Progress(*columns, console=Console(stderr=True), transient=True, disable=not sys.stderr.isatty()) as bar:
         task = bar.add_task("rows", total=None)
-        rows = predict_file(_settings(), file, out, keep, chunk_rows, lambda n: bar.advance(task, n))
+        rows = predict_file(_settings(), file, out, keep, chunk_rows, lambda n: bar.advance(task, n),
+                            lambda model: click.echo(f"model: {model}", err=True))
     if out:
         click.echo(f"{rows:,} rows → {out}", err=True)
 
@@ -327,6 +314,9 @@ def settings(as_json: bool) -> None:
 main.add_command(cli_data.upload)
 main.add_command(cli_data.datasets)
 
-# %% ../nbs/50_cli.ipynb #3b39cd89
+# %% ../nbs/50_cli.ipynb #299da941
+main.add_command(diff)
+main.add_command(replay)
+
 if __name__ == "__main__" and "__file__" in globals():
     main(prog_name="income-mlops")

@@ -20,7 +20,7 @@ from .processes import Service, Stopped, Supervisor, answers, check_ports, signa
 from .registry import registered_name
 from .settings import FILE_VARIABLE, Settings
 
-# %% ../nbs/49_supervisor.ipynb #0921e0d1
+# %% ../nbs/49_supervisor.ipynb #b9c763ca
 def _is_server(uri: str) -> bool:
     return uri.startswith(("http://", "https://"))
 
@@ -53,7 +53,7 @@ def _environment(settings: Settings, listed: Sequence[Service]) -> dict[str, str
     "What every child is told: the settings in force, and the tracking server, which it reaches without a proxy."
     own = {s.name: s.url for s in listed}
     local = [*filter(None, os.environ.get("NO_PROXY", "").split(",")), "127.0.0.1", "localhost", "::1"]
-    return {FILE_VARIABLE: os.environ.get(FILE_VARIABLE) or str(settings.root / "settings.ini"),
+    return {FILE_VARIABLE: str(settings.file),
             "DYNACONF_MLFLOW__TRACKING_URI": own.get("MLflow", settings.tracking_uri),
             "NO_PROXY": ",".join(local), "no_proxy": ",".join(local),
             "MLFLOW_DISABLE_TELEMETRY": "true", "GIT_PYTHON_REFRESH": "quiet", "PYTHONUNBUFFERED": "1"}
