@@ -287,7 +287,7 @@ def predict(file: Path, out: Path | None, keep: bool, chunk_rows: int) -> None:
 main.add_command(cli_jobs.jobs)
 main.add_command(cli_jobs.worker)
 
-# %% ../nbs/50_cli.ipynb #abd84d4a
+# %% ../nbs/50_cli.ipynb #1cb919c9
 @main.command()
 @click.option("--json", "as_json", is_flag=True, help="For programs.")
 def settings(as_json: bool) -> None:
@@ -298,7 +298,7 @@ def settings(as_json: bool) -> None:
     \b
       DYNACONF_SERVING__PORT=9000 income-mlops settings
     """
-    from income_mlops.settings import effective
+    from income_mlops.origins import effective
     rows = effective(_settings())
     if as_json:
         click.echo(json.dumps([{"key": k, "value": v, "origin": o} for k, v, o in rows], indent=2, default=str))

@@ -5,11 +5,10 @@
 # %% auto #0
 __all__ = ['Words', 'Port', 'Share', 'Seconds', 'Count', 'ENV_PREFIX', 'FILE_VARIABLE', 'Section', 'Paths', 'Columns', 'Dataset',
            'Preparation', 'Optimization', 'Runs', 'Jobs', 'Retraining', 'Drift', 'MLflow', 'Serving', 'Uploads',
-           'Dashboard', 'Docs', 'Settings', 'SettingsError', 'find_settings', 'load_settings', 'effective']
+           'Dashboard', 'Docs', 'Settings', 'SettingsError', 'find_settings', 'load_settings']
 
-# %% ../nbs/00_settings.ipynb #a4abee90
+# %% ../nbs/00_settings.ipynb #b0657861
 import os
-import re
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -321,35 +320,3 @@ def load_settings(
         return Settings.model_validate({**values, "root": file.parent, "file": file})
     except ValidationError as e:
         raise SettingsError(_explain(e, file)) from None
-
-# %% ../nbs/00_settings.ipynb #ed954210
-def _leaves(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, value in tree.items():
-        flat |= _leaves(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
-    return flat
-
-
-def _from_environment(key: str) -> str | None:
-    "The variable that sets `key` or the section it is in."
-    words = key.upper().split(".")
-    names = {"__".join([f"{ENV_PREFIX}_{words[0]}", *words[1:n]]) for n in range(1, len(words) + 1)}
-    return next((v for v in os.environ if v.upper() in names), None)
-
-# %% ../nbs/00_settings.ipynb #4644755d
-def effective(
-    settings: Settings,
-) -> list[tuple[str, Any, str]]:
-    "Every key with its value and origin: an environment variable, the file, or `default`. Secrets are masked."
-    written = _leaves(_layers(settings.file)[0])
-    rows = []
-    for key, value in _leaves(settings.model_dump(exclude={"root"})).items():
-        origin = _from_environment(key) or (settings.file.name if key in written else "default")
-        secret = key.endswith("api_key") and value
-        rows.append((key, "********" if secret else _without_password(value), origin))
-    return rows
-
-
-def _without_password(value: Any) -> Any:
-    "An address may hold one: `postgresql://user:password@host`."
-    return re.sub(r"(://[^:/@]*):[^@/]*@", r"\1:********@", value) if isinstance(value, str) else value
