@@ -75,6 +75,7 @@ def test_killed_at_random_moments_of_uploads(tmp_path):
 
 
 @pytest.mark.full
+@pytest.mark.timeout(1800)
 def test_killed_twenty_times_at_random_moments_of_uploads(tmp_path):
     kept, lost = kill_and_look(make_project(tmp_path, rows=500), 22, 2)
     print(f"{kept} acknowledged, {lost} cut off")
