@@ -33,7 +33,7 @@ Share = Annotated[float, Field(ge=0, le=1)]
 Seconds = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Count = Annotated[int, Field(ge=1)]
 
-# %% ../nbs/00_settings.ipynb #ac4e78bf
+# %% ../nbs/00_settings.ipynb #d739205e
 class Paths(Section):
     state: Path = Path("var")
     "Everything a running system writes: MLflow's database and artifacts, dataset versions, the queue."
@@ -51,6 +51,8 @@ class Columns(Section):
     "Kept in the data, optional in requests, not a feature, not part of a row's identity."
     missing: Words = ("?",)
     "Texts that mean a missing value."
+    groups: Words = ()
+    "Columns of people's groups, by which a model's decisions are compared; numbers are put into bands."
 
 
 class Dataset(Section):
@@ -138,7 +140,7 @@ class Drift(Section):
     domain_rows: Annotated[int, Field(ge=100)] = 5_000
     "Rows of either table that this model sees at most."
 
-# %% ../nbs/00_settings.ipynb #81fa7cee
+# %% ../nbs/00_settings.ipynb #82e4203b
 class MLflow(Section):
     tracking_uri: str = ""
     "Empty: SQLite under the state folder, no server."
@@ -171,6 +173,14 @@ class Serving(Section):
 class Dashboard(Section):
     host: str = "127.0.0.1"
     port: Port = 8501
+    base_url: Annotated[str, Field(pattern=r"^/(.*/)?$")] = "/"
+    "Path of the page behind a gateway, with a slash at both ends."
+    mlflow_url: str = ""
+    "Where a visitor's browser finds MLflow; empty: the tracking server, or mlflow.host and mlflow.port."
+    preheated: Annotated[int, Field(ge=0)] = 1
+    "Kernels kept ready, so that a page opens at once; each takes memory."
+    idle_timeout: Seconds = 600
+    "Seconds after which the kernel of a page that nobody looks at any more is ended."
 
 
 class Docs(Section):
