@@ -147,8 +147,8 @@ padding:0!important;margin:0!important;background:none!important}
 .voila-spinner-color2{fill:var(--new)!important}.spinner-container{width:4rem!important;margin-bottom:1rem}
 """
 
-# %% ../nbs/47c_frontpage.ipynb #0218970d
-TEMPLATE = "income"
+# %% ../nbs/47c_frontpage.ipynb #53bfbe61
+TEMPLATE = "dashboard"
 
 
 def write_template(
