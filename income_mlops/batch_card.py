@@ -75,13 +75,13 @@ def write_rows(head: Sequence[str], lines: Sequence[Sequence[str]], found: Mappi
                      zip(lines, found["prediction"], found["probability"], strict=True))
     return out.getvalue().encode()
 
-# %% ../nbs/47f_batch_card.ipynb #937e15f5
+# %% ../nbs/47f_batch_card.ipynb #a933759f
 class BatchCard:
     "Upload, predict, download."
 
     def __init__(self, shared: Shared):
         self.shared, self.notice, self.result = shared, Notice(), html()
-        self.upload = w.FileUpload(accept=".csv,text/csv", multiple=False, description="Choose a CSV file")
+        self.upload = w.FileUpload(accept=".csv,text/csv", multiple=False, tooltip="Choose a CSV file")
         self.upload.observe(self._chosen, "value")
         self.view = card("A whole file", row(self.upload), self.notice, self.result,
                          lead="A CSV file with the same columns comes back with two more: prediction, probability.")

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['UNWANTED', 'title_of', 'mlflow_address', 'Dashboard', 'show', 'DashboardError', 'notebook', 'options', 'serve']
 
-# %% ../nbs/47l_dashboard.ipynb #43223d85
+# %% ../nbs/47l_dashboard.ipynb #da7eff8a
 import os
 import socket
 import time
@@ -16,8 +16,10 @@ import ipywidgets as w
 from markupsafe import Markup
 
 from .backend import Api, Problem
+from .data_tab import DataTab
 from .fairness_tab import FairnessTab
 from .frontpage import INSIDE_CSS, TEMPLATE, write_template
+from .jobs_tab import JobsTab
 from .model_tab import ModelTab
 from .parts import Shared, Tab, box, html, when
 from .predict_tab import PredictTab
@@ -37,10 +39,10 @@ def mlflow_address(settings: Settings) -> str:
         found = f"http://{settings.mlflow.host}:{settings.mlflow.port}"
     return found.rstrip("/")
 
-# %% ../nbs/47l_dashboard.ipynb #4aed2b5a
+# %% ../nbs/47l_dashboard.ipynb #a6d2b3fb
 class Dashboard:
     "The page: a line about the service, and the tabs."
-    tabs: tuple[type[Tab], ...] = (PredictTab, ModelTab, FairnessTab)
+    tabs: tuple[type[Tab], ...] = (PredictTab, ModelTab, DataTab, JobsTab, FairnessTab)
 
     def __init__(self, settings: Settings):
         self.shared = Shared(Api(settings.backend_url))

@@ -12,11 +12,12 @@ from pathlib import Path
 from .canvas import CHART_CSS, PALETTE
 from .look import BASE_CSS, NARROW_CSS, PARTS_CSS
 
-# %% ../nbs/47c_frontpage.ipynb #681cbef4
+# %% ../nbs/47c_frontpage.ipynb #49700406
 WIDGET_CSS = """
-.dash{max-width:76rem;margin:0 auto!important;padding:1.6rem 1.25rem 3rem;width:100%;box-sizing:border-box;color:var(--ink);
+.dash{max-width:76rem;margin:0 auto!important;padding:1.6rem 1.25rem 3rem;width:100%;box-sizing:border-box;
+color:var(--ink);
 font:16px/1.55 system-ui,-apple-system,"Segoe UI",Roboto,"Helvetica Neue",Arial,sans-serif;overflow:visible!important}
-.dash .widget-html,.dash .widget-html-content{line-height:1.55;font-size:1rem;color:var(--ink);height:auto;
+.dash .widget-html,.dash .widget-html-content{line-height:1.5!important;font-size:1rem;color:var(--ink);height:auto;
 overflow:visible;margin:0;width:100%;align-self:stretch}.dash .widget-html>label{display:none}
 .dash .widget-box,.dash .jupyter-widget-box{overflow:visible;margin:0}
 .dash .widget-box>*{min-width:0}.dash h1{font-size:1.75rem;margin:0;letter-spacing:-.02em}
@@ -26,18 +27,22 @@ overflow:visible;margin:0;width:100%;align-self:stretch}.dash .widget-html>label
 .dash .cols{display:grid!important;grid-template-columns:repeat(auto-fit,minmax(min(100%,27rem),1fr));gap:1.25rem;
 width:100%;align-items:start}
 .dash .stackbox{display:flex;gap:1.25rem;width:100%}
-.dash .row{display:flex!important;flex-flow:row wrap!important;gap:.7rem;align-items:flex-end;width:100%}
+.dash .row{display:flex!important;flex-flow:row wrap!important;gap:.7rem 1rem;align-items:flex-end;width:100%}
+.dash .row>*{flex:0 1 auto;width:auto!important;align-self:flex-end}.dash .row>.widget-password,
+.dash .row>.widget-dropdown{flex:0 1 22rem}.dash .row>.widget-html{align-self:center}
 .dash .fields{display:grid!important;grid-template-columns:repeat(auto-fill,minmax(min(100%,13rem),1fr));
 gap:1rem 1.4rem;width:100%}
 .dash .soft{color:var(--soft)}.dash .small{font-size:.86rem}
-.dash svg.chart{max-width:34rem}.dash .answer{display:flex;align-items:baseline;gap:.9rem;flex-wrap:wrap}
+.dash svg.chart{max-width:34rem}.dash figure svg.chart{max-width:27rem}
+.dash .answer{display:flex;align-items:baseline;gap:.9rem;flex-wrap:wrap}
 .dash .answer b{font-size:3.1rem;line-height:1.1;letter-spacing:-.04em;font-weight:700}
 .dash .knob{fill:var(--card);stroke:var(--new);stroke-width:3}.dash .line{fill:none;stroke:var(--new);
 stroke-width:2.2;
 stroke-linejoin:round}.dash .ink-line{stroke:var(--ink)}.dash svg.chart .big{font-size:19px;font-weight:650}
 .dash dl.facts{display:grid;grid-template-columns:repeat(auto-fill,minmax(8rem,1fr));gap:.9rem 1rem;margin:0}
 .dash dl.facts dt,.dash dl.facts dd{float:none;width:auto;display:block;padding:0}
-.dash dl.facts dt{font-size:.8rem;font-weight:400;color:var(--soft);line-height:1.4}.dash dl.facts dd{margin:0;font-weight:600;overflow-wrap:anywhere}
+.dash dl.facts dt{font-size:.8rem;font-weight:400;color:var(--soft);line-height:1.4}.dash dl.facts dd{margin:0;
+font-weight:600;overflow-wrap:anywhere}
 .dash .notice{border-radius:10px;padding:.65rem .9rem;background:var(--tone-bg);border-left:5px solid var(--tone)}
 .dash .notice.quiet{background:none;border-left-color:var(--line)}
 .dash .meter{height:9px;border-radius:9px;background:var(--line);overflow:hidden;margin:.35rem 0}
@@ -48,22 +53,26 @@ stroke-linejoin:round}.dash .ink-line{stroke:var(--ink)}.dash svg.chart .big{fon
 .dash .pulse{position:absolute!important;left:-999rem}.dash summary{font-weight:600}
 """
 
-# %% ../nbs/47c_frontpage.ipynb #deb4b83d
+# %% ../nbs/47c_frontpage.ipynb #52eb5a41
 FIELD_CSS = """
 .dash .widget-inline-hbox,.dash .jupyter-widget-inline-hbox{width:100%;height:auto;margin:0;flex-flow:row wrap;
 align-items:center;gap:.2rem .6rem;line-height:1.4;overflow:visible}
-.dash .widget-label{width:100%!important;flex:0 0 100%!important;text-align:left!important;color:var(--ink);font-size:.88rem;
+.dash .widget-label{width:100%!important;flex:0 0 100%!important;text-align:left!important;color:var(--ink);
+font-size:.88rem;
 font-weight:550;
 height:auto;line-height:1.4;white-space:normal;margin:0}
 .dash .widget-select-dropdown,.dash .jupyter-widgets.widget-dropdown{min-width:0}
 .dash select,.dash input[type=text],.dash input[type=password],.dash input[type=number]{flex:1 1 9rem;width:100%;
-min-width:0;height:2.5rem!important;line-height:1.4!important;padding:0 .7rem;border:1px solid var(--old)!important;border-radius:9px!important;
+min-width:0;height:2.5rem!important;line-height:1.4!important;padding:0 .7rem;border:1px solid var(--old)!important;
+border-radius:9px!important;
 background-color:var(--card)!important;color:var(--ink)!important;font:inherit;font-size:.95rem;box-shadow:none}
 .dash select{padding-right:2rem}
 .dash button.jupyter-button,.dash .widget-upload{height:2.5rem;line-height:2.4rem;padding:0 1.15rem;width:auto;
 border-radius:9px;border:1px solid var(--old);background:var(--card);color:var(--ink);font:inherit;font-size:.95rem;
 font-weight:600;margin:0;box-shadow:none;overflow:visible}
 .dash button.jupyter-button:hover:enabled{border-color:var(--ink)}.dash button.jupyter-button:disabled{opacity:.55}
+.dash .widget-upload{font-size:0}.dash .widget-upload i{display:none}
+.dash .widget-upload::after{content:attr(title);font-size:.95rem}
 .dash button.mod-primary{background:var(--new);border-color:var(--new);color:var(--card)}
 .dash :focus-visible{outline:3px solid var(--new)!important;outline-offset:2px}
 .dash .widget-slider .slider-container{flex:1 1 6rem;min-width:5rem;margin:0 .6rem;height:2.5rem;display:flex;
@@ -75,13 +84,14 @@ top:-8px!important;
 border-radius:50%;background:var(--card);border:3px solid var(--new)!important;box-shadow:none;transform:none}
 .dash .widget-readout{min-width:4.2rem;width:auto;max-width:6rem;height:2.5rem;line-height:2.5rem;margin:0;
 padding:0 .5rem;
-text-align:right;border:1px solid var(--old);border-radius:9px;background:var(--card);color:var(--ink);font-size:.95rem}
+text-align:right;border:1px solid var(--old);border-radius:9px;background:var(--card);color:var(--ink);
+font-size:.95rem}
 .dash .widget-checkbox label,.dash .widget-checkbox{font-size:.95rem;color:var(--ink);width:auto;gap:.4rem}
 .dash .widget-checkbox{flex-flow:row nowrap}.dash .widget-checkbox .widget-label{flex:0;width:0!important}
 .dash .widget-checkbox input{width:1.15rem;height:1.15rem;accent-color:var(--new);margin:0 .4rem 0 0}
 """
 
-# %% ../nbs/47c_frontpage.ipynb #bcae0169
+# %% ../nbs/47c_frontpage.ipynb #a76406e9
 TABS_CSS = """
 .dash .tabs{border:0;overflow:visible;margin:1rem 0 0;width:100%;background:none}
 .dash .tabs>.lm-TabBar,.dash .tabs>.p-TabBar{border:0;overflow:visible;min-height:0;margin-bottom:1.25rem}
@@ -95,9 +105,9 @@ color:var(--soft);font-size:1rem;line-height:2.9rem;
 transform:none!important;cursor:pointer}
 .dash .tabs .lm-TabBar-tab.lm-mod-current{color:var(--ink);font-weight:650;box-shadow:inset 0 -3px var(--new)}
 .dash .tabs .lm-TabBar-tab.lm-mod-current::before{display:none}.dash .tabs .lm-TabBar-tab:hover{color:var(--ink)}
-.dash .tabs,.dash .tabs *{font-family:inherit}
-.dash .tabs .widget-tab-contents{border:0!important;padding:0!important;background:none!important;overflow:visible;margin:0;
-color:inherit}
+.dash .tabs,.dash .tabs *{font-family:inherit!important}
+.dash .tabs .widget-tab-contents{border:0!important;padding:0!important;background:none!important;overflow:visible;
+margin:0;color:inherit}
 .dash .tabs>.widget-tab-contents>*{width:100%}
 @media(max-width:44rem){.dash{padding:0 .9rem 2rem}.dash .tabs .lm-TabBar-tab{padding:0 .75rem!important}
 .dash .answer b{font-size:2.6rem}.dash h1{font-size:1.45rem}.dash .card{padding:1rem}

@@ -5,14 +5,14 @@
 # %% auto #0
 __all__ = ['METRICS', 'counts_at', 'share', 'derived', 'ModelTab']
 
-# %% ../nbs/47h_model_tab.ipynb #bfaaf065
+# %% ../nbs/47h_model_tab.ipynb #02305ef0
 from typing import Any
 
 import ipywidgets as w
 from markupsafe import Markup
 
 from . import sketches
-from .backend import Problem
+from .backend import Problem, sentence
 from .parts import Notice, Shared, Tab, badge, box, card, facts, html, number, on_click, row, table, when
 
 # %% ../nbs/47h_model_tab.ipynb #f9c6ab29
@@ -42,17 +42,18 @@ def derived(c: dict[str, float]) -> list[tuple[str, str]]:
             ("false positive rate", share(c["fp"], c["fp"] + c["tn"])),
             ("given the positive class", share(c["tp"] + c["fp"], n))]
 
-# %% ../nbs/47h_model_tab.ipynb #3c385508
+# %% ../nbs/47h_model_tab.ipynb #43d8914b
 class _Widgets(Tab):
     "What the tab shows, still empty."
     title = "Model"
 
     def __init__(self, shared: Shared):
         super().__init__(shared)
-        self.about, self.quality, self.roc, self.calibration, self.importances, self.versions = (html() for _ in range(6))
+        self.about, self.quality, self.versions, self.counts = (html() for _ in range(4))
+        self.roc, self.calibration, self.importances = (html() for _ in range(3))
         self.threshold = w.FloatSlider(description="Threshold of the decision", min=0, max=1, step=0.01, value=0.5,
                                        readout_format=".2f")
-        self.counts, self.classes = html(), ("negative", "positive")
+        self.classes = ("negative", "positive")
         self.evaluation: dict[str, Any] = {}
         self.choice = w.Dropdown(description="Serve from now on", options=[])
         self.switch = w.Button(description="Switch", button_style="primary")
@@ -64,7 +65,7 @@ class _Widgets(Tab):
         switching = card("Switch the model", row(self.choice, shared.key), row(self.switch, self.revert),
                          self.switch_notice, lead="Users get the new model at once. Versions with an alias can be "
                                                   "chosen.")
-        self.body = box(card("In service", self.about), card("Quality on the hold-out", self.quality),
+        self.body = box(box(card("In service", self.about), card("Quality on the hold-out", self.quality), of="cols"),
                         box(card("ROC curve", self.roc), confusion, of="cols"),
                         box(card("Calibration", self.calibration), card("What it listens to", self.importances,
                             lead="How much the log loss rises when a column is shuffled."), of="cols"),
@@ -72,7 +73,7 @@ class _Widgets(Tab):
         self.body.layout.display = "none"
         self.view = box(self.notice, self.body, of="stackbox")
 
-# %% ../nbs/47h_model_tab.ipynb #e7c21af1
+# %% ../nbs/47h_model_tab.ipynb #5524cd2c
 def _interval(share: float, n: int) -> tuple[float, float]:
     "Wilson's 95 % interval."
     z = 1.96
@@ -91,10 +92,11 @@ class _Pictures(_Widgets):
             return
         self._confusion()
         bins = c["calibration"]
-        dots = [(p, o, *_interval(o, n)) for p, o, n in zip(bins["predicted"], bins["observed"], bins["rows"], strict=True)]
+        dots = [(p, o, *_interval(o, n))
+                for p, o, n in zip(bins["predicted"], bins["observed"], bins["rows"], strict=True)]
         self.calibration.value = str(sketches.square(
-            f"Calibration: Brier score {self.evaluation['current']['brier']:.4f}", [(bins["predicted"], bins["observed"])],
-            "predicted probability", "share that is positive", dots))
+            f"Calibration: Brier score {self.evaluation['current']['brier']:.4f}",
+            [(bins["predicted"], bins["observed"])], "predicted probability", "share that is positive", dots))
         rises = list(self.evaluation.get("importances", {}).items())[:12]
         self.importances.value = str(sketches.bars("Rise of the log loss", rises))
 
@@ -103,7 +105,8 @@ class _Pictures(_Widgets):
         if not (c := self.evaluation.get("curves")):
             return
         counts = counts_at(c, self.threshold.value)
-        here = (counts["fp"] / ((counts["fp"] + counts["tn"]) or 1), counts["tp"] / ((counts["tp"] + counts["fn"]) or 1))
+        here = (counts["fp"] / ((counts["fp"] + counts["tn"]) or 1),
+                counts["tp"] / ((counts["tp"] + counts["fn"]) or 1))
         self.counts.value = str(sketches.confusion(counts, self.classes) + facts(derived(counts)))
         auc = self.evaluation["current"]["roc_auc"]
         self.roc.value = str(sketches.square(
@@ -111,7 +114,7 @@ class _Pictures(_Widgets):
             [(c["roc"]["fpr"], c["roc"]["tpr"])], f"false positive rate (area under the curve {auc:.4f})",
             "true positive rate", here=here))
 
-# %% ../nbs/47h_model_tab.ipynb #5b355ff1
+# %% ../nbs/47h_model_tab.ipynb #f854338d
 class ModelTab(_Pictures):
     "The served model and all versions."
 
@@ -136,13 +139,14 @@ class ModelTab(_Pictures):
 
     def _about(self, m: dict[str, Any]) -> None:
         follows = "follows the alias" if m["follows"] else "stays until it is switched"
-        pinned = " (nobody has set it yet: the first model is kept)" if m["pinned"] else ""
+        notes = [m["engine_reason"] and sentence(m["engine_reason"]),
+                 m["pinned"] and f"Nobody has set the alias {m['alias']} yet: the first model is kept until then."]
         self.about.value = str(facts([
-            ("family", m["family"]), ("version", m["model_version"]), ("alias", f"{m['alias']}{pinned}"),
+            ("family", m["family"]), ("version", m["model_version"]), ("alias", m["alias"]),
             ("in service since", when(m["since"])), ("trained", when(m["created"])), ("then", follows),
             ("computes with", m["engine"]), ("dataset", (m["dataset"] or "–")[:12]),
             ("chosen by", m["chosen_by"] or "the settings"), ("MLflow run", self.shared.run_link(m["run_id"]))])
-            + (Markup('<p class="soft small">{}</p>').format(m["engine_reason"]) if m["engine_reason"] else ""))
+            + Markup("").join(Markup('<p class="soft small">{}</p>').format(n) for n in notes if n))
 
     def _quality(self) -> None:
         e = self.evaluation
@@ -159,7 +163,8 @@ class ModelTab(_Pictures):
         "All versions, and those that can be chosen."
         lines = []
         for v in found:
-            marks = Markup(" ").join([badge("in service", "good")] * v["served"] + [badge(a, "info") for a in v["aliases"]])
+            marks = Markup(" ").join([*([badge("in service", "good")] if v["served"] else []),
+                                      *(badge(a, "info") for a in v["aliases"])])
             m = v["metrics"]
             lines.append((f"{v['family']} {v['version']}", marks, number(m, "cv_log_loss"),
                           *(number(m, f"holdout_{k}") for k, _ in METRICS[:4]), when(v["created"]),

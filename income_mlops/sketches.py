@@ -39,7 +39,7 @@ def probability(
     said = f"Probability of {label}: {percent(p)}; decided at {percent(threshold)}."
     return svg(width, 66, said, parts)
 
-# %% ../nbs/47b_sketches.ipynb #f2a20fdc
+# %% ../nbs/47b_sketches.ipynb #b44aba39
 def contributions(
     rows: Sequence[tuple[str, str, float]],  # column, its value, what it adds
     scale: str,  # log-odds or probability
@@ -52,16 +52,17 @@ def contributions(
     if rest := [r for r in rest if r[2]]:
         shown = [*shown, (f"{len(rest)} others", "", math.fsum(r[2] for r in rest))]
     shown = [r for r in shown if r[2]] or shown[:1]
-    left, right, step = 178.0, width - 50, 25.0
+    left, right, step = 200.0, width - 46, 25.0
     widest = max((abs(v) for _, _, v in shown), default=0) or 1.0
     low, high = min(0.0, *(v for *_, v in shown)), max(0.0, *(v for *_, v in shown))
-    unit = (right - left - 50) / ((high - low) or widest)
-    zero = left + 50 - low * unit if low < 0 else left + 6
+    room = 38.0 if low < 0 else 0.0  # for the figures of bars to the left
+    unit = (right - left - room) / ((high - low) or widest)
+    zero = left + room - low * unit
     parts = [path(f"M{zero:.1f} 4V{8 + len(shown) * step:g}", "grid")]
     for i, (name, value, v) in enumerate(shown):
         y = 8 + i * step
         x = zero + min(v, 0) * unit
-        parts += [text(left - 12, y + 13, f"{name} = {value}" if value else name, "end ink", 28),
+        parts += [text(left - 12, y + 13, f"{name} = {value}" if value else name, "end ink", 34),
                   rect(x, y, abs(v) * unit, 17, "plus" if v > 0 else "minus"),
                   text(x - 5 if v < 0 else x + v * unit + 5, y + 13, f"{v:+.2f}".replace("-", "−"),
                        "end" if v < 0 else "")]
