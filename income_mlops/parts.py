@@ -129,7 +129,7 @@ class Notice(w.HTML):
         except Exception as e:  # never a traceback in a visitor's page
             self.say(f"The dashboard has an error of its own ({type(e).__name__}: {legible(e, 200)}).", "error")
 
-# %% ../nbs/47d_parts.ipynb #dc6ff6d6
+# %% ../nbs/47d_parts.ipynb #8a179955
 class Shared:
     "The API, the visitor's key, and what was last heard of the service."
 
@@ -154,8 +154,8 @@ class Shared:
         if not run:
             return Markup("–")
         if not self.mlflow:
-            return Markup("<code>{}</code>").format(run[:12])
-        return Markup('<a href="{}/#/runs/{}" target="_blank" rel="noopener">{}</a>').format(self.mlflow, run, run[:12])
+            return Markup("<code>{}</code>").format(run[:8])
+        return Markup('<a href="{}/#/runs/{}" target="_blank" rel="noopener">{}</a>').format(self.mlflow, run, run[:8])
 
 
 class Tab:

@@ -6,7 +6,7 @@
 __all__ = ['Array', 'Candidate', 'requirements', 'Trainer', 'dataset_input', 'log_data', 'inspect', 'tune', 'evaluate',
            'log_model', 'log_serving', 'example_rows', 'best', 'against_champion', 'register']
 
-# %% ../nbs/34_training.ipynb #c9815be6
+# %% ../nbs/34_training.ipynb #9e8ca318
 import json
 import tempfile
 import warnings
@@ -20,7 +20,6 @@ import numpy as np
 import pandas as pd
 
 from . import analysis, evaluation, promotion, registry
-from .contributions import store_contributions
 from .datasets import Dataset, load
 from .fairness import fairness
 from .gate import store_compiled
@@ -29,6 +28,7 @@ from .pictures import pictures
 from .processing import to_frame, to_labels
 from .profile import Profile
 from .settings import Settings
+from .unrolling import store_contributions
 
 Array = np.ndarray[Any, Any]
 
@@ -132,7 +132,7 @@ def inspect(
     trainer.profile = found.new
     return found
 
-# %% ../nbs/34_training.ipynb #68723d83
+# %% ../nbs/34_training.ipynb #7bc51bcf
 def tune(
     trainer: Trainer,
     candidate: Candidate,
@@ -153,7 +153,7 @@ def tune(
 
     with trainer.nested(candidate):
         tuned = candidate.model.optimize(trainer.X, trainer.y, n_trials=o.n_trials, timeout=o.timeout,
-                                         dataset=trainer.dataset.id, job=trainer.job, on_trial=report)
+                                         dataset=trainer.dataset.id, on_trial=report)
         mlflow.log_params({**tuned.params, "rounds": tuned.rounds, "n_trials": o.n_trials, "n_folds": o.n_folds,
                            "seed": o.seed, "dataset": trainer.dataset.id})
         mlflow.log_metric("cv_log_loss", tuned.log_loss)
