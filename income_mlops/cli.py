@@ -104,13 +104,14 @@ def _quiet() -> None:
                         ("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")):
         os.environ.setdefault(name, value)
 
-# %% ../nbs/50_cli.ipynb #672cc2a6
+# %% ../nbs/50_cli.ipynb #1599febf
 @main.command()
 def up() -> None:
     """Start everything; Ctrl-C stops it.
 
     Starts MLflow, the API, a worker, which trains a first model if there is none, and the dashboard. Prints the
-    addresses and stays until Ctrl-C, which stops every service. What they say is in the folder logs/ of the state folder (paths.state).
+    addresses and stays until Ctrl-C, which stops every service. What they say is in the folder logs/ of the state
+    folder (paths.state).
     """
     from income_mlops.supervisor import up as start
     start(_settings())
