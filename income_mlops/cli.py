@@ -6,7 +6,7 @@
 __all__ = ['USAGE', 'UNUSABLE', 'INTERRUPTED', 'CLEAN', 'WARNINGS', 'ERRORS', 'Commands', 'main', 'up', 'serve', 'train',
            'analyze', 'models', 'promote', 'predict', 'settings']
 
-# %% ../nbs/50_cli.ipynb #8ade3c7f
+# %% ../nbs/50_cli.ipynb #cee769ce
 import json
 import os
 import sys
@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 import click
 
-from . import cli_dashboard, cli_jobs
+from . import cli_dashboard, cli_data, cli_jobs
 
 if TYPE_CHECKING:
     from income_mlops.settings import Settings
@@ -104,7 +104,7 @@ def _quiet() -> None:
                         ("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")):
         os.environ.setdefault(name, value)
 
-# %% ../nbs/50_cli.ipynb #1599febf
+# %% ../nbs/50_cli.ipynb #1d58dea4
 @main.command()
 def up() -> None:
     """Start everything; Ctrl-C stops it.
@@ -132,10 +132,11 @@ def serve(port: int | None, no_worker: bool) -> None:
     """
     from contextlib import nullcontext
 
+    from income_mlops.intake import part
     from income_mlops.serving import serve as start
     settings = _settings()
     with nullcontext() if no_worker else cli_jobs.own_worker(settings):
-        start(settings, port=port)
+        start(settings, port=port, parts=[part])
 
 # %% ../nbs/50_cli.ipynb #9f0e3cfd
 @main.command()
@@ -323,6 +324,10 @@ def settings(as_json: bool) -> None:
     keys, values = (max(len(r[i]) for r in shown) for i in (0, 1))
     for key, value, origin in shown:
         click.echo(f"{key:<{keys}} = {value:<{min(values, 40)}}  # {origin}")
+
+# %% ../nbs/50_cli.ipynb #b0d6b242
+main.add_command(cli_data.upload)
+main.add_command(cli_data.datasets)
 
 # %% ../nbs/50_cli.ipynb #3b39cd89
 if __name__ == "__main__" and "__file__" in globals():
