@@ -1,5 +1,4 @@
 """A small project with real rows, uploads, workers in processes of their own, and a real PostgreSQL."""
-import json
 import os
 import signal
 import subprocess
@@ -12,9 +11,8 @@ from pathlib import Path
 import psutil
 import pytest
 
-from income_mlops import registry
-from income_mlops.data import digest, read_table
-from income_mlops.datasets import _store
+from income_mlops import registry, uploads
+from income_mlops.data import read_table
 from income_mlops.jobs import Job, Queue
 from income_mlops.settings import Settings, load_settings
 from income_mlops.tracking import connect, experiment_id
@@ -68,12 +66,9 @@ def new_project(folder: Path, tracking_uri: str = "", storage: str = "", **jobs:
 
 def upload(settings: Settings, table, name: str) -> str:
     "Keep a table as an upload, as the service does; its id."
-    id = digest(table)
-    folder = settings.state / "uploads" / _store(settings).name / id
-    folder.mkdir(parents=True)
-    table.write_parquet(folder / "data.parquet")
-    (folder / "manifest.json").write_text(json.dumps({"id": id, "source": name}))
-    return id
+    file = settings.root / name
+    table.write_csv(file)
+    return uploads.receive(settings, file, name, "a test")[0].id
 
 
 def wait_for(what, seconds: float = 120, message: str = ""):
