@@ -23,7 +23,7 @@ from income_mlops.settings import load_settings
 
 CHROMIUM = Path("/usr/bin/chromium")
 OFFLINE = ["--no-sandbox", "--host-resolver-rules=MAP * ~NOTFOUND, EXCLUDE 127.0.0.1"]
-SLOW = 60_000  # ms: this machine may have other things to do
+SLOW = 20_000
 
 pytestmark = pytest.mark.skipif(not CHROMIUM.exists(), reason="Chromium is not installed (apt-get install chromium)")
 
@@ -375,7 +375,7 @@ def test_every_tab_fits_and_every_control_has_a_name(services, browser, width, s
                 page.keyboard.press("ArrowRight")  # tabs are walked through by the keyboard alone
                 page.keyboard.press("Enter")
             page.get_by_role("tab", name=name, exact=True, selected=True).wait_for()
-            page.locator("[role=tabpanel]:visible .card, .notice:visible").first.wait_for()
+            page.locator(".tabs .card:visible, .tabs .notice:visible").first.wait_for()
             assert page.evaluate(UNNAMED) == []
             assert page.evaluate("document.documentElement.scrollWidth") <= width, f"{name} is wider than the screen"
         colours = page.evaluate("[getComputedStyle(document.body).backgroundColor, "
