@@ -23,7 +23,7 @@ from income_mlops.settings import load_settings
 
 CHROMIUM = Path("/usr/bin/chromium")
 OFFLINE = ["--no-sandbox", "--host-resolver-rules=MAP * ~NOTFOUND, EXCLUDE 127.0.0.1"]
-SLOW = 20_000
+SLOW = 60_000
 
 pytestmark = pytest.mark.skipif(not CHROMIUM.exists(), reason="Chromium is not installed (apt-get install chromium)")
 
@@ -263,7 +263,7 @@ def test_upload_is_refused_in_words_or_done_by_a_job(services, browser, tmp_path
         tab(page, "Retraining")
         card = page.locator(".job", has_text=job[:12])
         card.wait_for()
-        card.get_by_text("cell ").wait_for()
+        card.get_by_text("cell ").first.wait_for()
         card.get_by_role("button", name="Show the notebook").click()
         frame = card.frame_locator("iframe")
         frame.locator("h1").first.wait_for()
@@ -287,6 +287,7 @@ def test_switch_and_revert(services, browser):
         auc = f"{first['metrics']['holdout_roc_auc']:.4f}"
         page.get_by_role("cell", name=auc).first.wait_for()
         choice = page.get_by_label("Serve from now on")
+        choice.locator("option", has_text=other).first.wait_for(state="attached")
         label = next(t for t in choice.locator("option").all_inner_texts() if t.startswith(other))
         choice.select_option(label)
         page.get_by_role("button", name="Switch", exact=True).click()
