@@ -134,7 +134,7 @@ class _Helper:
         self.process = subprocess.Popen([sys.executable, "-m", "income_mlops.errands"], stdin=subprocess.PIPE,
                                         stdout=subprocess.PIPE, env=env, text=True, encoding="utf-8")
         self.used = False
-        told = settings.model_dump(mode="json")
+        told = settings.model_dump(mode="json") | {"file": str(settings.file)}
         told["serving"]["api_key"] = ""  # no business of a helper
         self._say({"settings": told})
 
