@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['services', 'up']
 
-# %% ../nbs/49_supervisor.ipynb #a11e41f4
+# %% ../nbs/49_supervisor.ipynb #c6492f78
 import os
 import sys
 import time
@@ -13,25 +13,19 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+from . import mlserver
 from .processes import Service, Stopped, Supervisor, answers, check_ports, signals
 from .settings import FILE_VARIABLE, Settings
 
-# %% ../nbs/49_supervisor.ipynb #19df5875
+# %% ../nbs/49_supervisor.ipynb #f2f478db
 def _is_server(uri: str) -> bool:
     return uri.startswith(("http://", "https://"))
 
 
 def _tracking(settings: Settings) -> Service:
-    host, port = settings.mlflow.host, settings.mlflow.port
-    names = dict.fromkeys(("127.0.0.1", "localhost", host))
-    return Service(
-        "MLflow", (sys.executable, "-m", "mlflow", "server", "--host", host, "--port", str(port), "--workers", "1",
-                   "--backend-store-uri", settings.tracking_uri,
-                   "--default-artifact-root", (settings.state / "artifacts").as_uri(),
-                   "--artifacts-destination", (settings.state / "artifacts").as_uri(),
-                   "--allowed-hosts", ",".join(f"{n},{n}:*" for n in names)),
-        host, port, "mlflow.port", patience=180,
-        environment={"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"})
+    return Service("MLflow", mlserver.command(settings), settings.mlflow.host, settings.mlflow.port, "mlflow.port",
+                   health=f"{settings.mlflow.static_prefix}/health", patience=180,
+                   environment=mlserver.environment(settings))
 
 
 def services(
@@ -46,7 +40,7 @@ def services(
 
 def _environment(settings: Settings, listed: Sequence[Service]) -> dict[str, str]:
     "What every child is told: the settings in force, and the tracking server, which it reaches without a proxy."
-    own = {s.name: s.url for s in listed}
+    own = {s.name: s.url + s.health.removesuffix("/health") for s in listed}
     local = [*filter(None, os.environ.get("NO_PROXY", "").split(",")), "127.0.0.1", "localhost", "::1"]
     return {FILE_VARIABLE: os.environ.get(FILE_VARIABLE) or str(settings.root / "settings.ini"),
             "DYNACONF_MLFLOW__TRACKING_URI": own.get("MLflow", settings.tracking_uri),
@@ -70,7 +64,7 @@ def _phase(name: str, say: Callable[[str], Any]) -> Iterator[list[str]]:
 def _say(text: str) -> None:
     print(text, end="", flush=True)
 
-# %% ../nbs/49_supervisor.ipynb #5a32acbe
+# %% ../nbs/49_supervisor.ipynb #444d0224
 def _start(service: Service, supervisor: Supervisor, say: Callable[[str], Any]) -> None:
     with _phase(service.name, say) as words:
         supervisor.wait(supervisor.start(service.name, service.command, service.environment), service)
@@ -95,6 +89,8 @@ def up(
     "Start everything, watch it, and stop it when asked to. `ServiceError` if something cannot start or dies."
     listed = services(settings)
     check_ports(listed)
+    if settings.mlflow.authentication:
+        mlserver.write_authentication(settings)
     *tracking, api = listed
     with Supervisor(settings.state / "logs", _environment(settings, listed)) as supervisor, signals(supervisor):
         try:
