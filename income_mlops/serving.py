@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Writer', 'Part', 'model_info', 'health', 'columns_info', 'writer', 'SetModel', 'create_app', 'ServingError', 'serve']
 
-# %% ../nbs/46_serving.ipynb #7614c6ea
+# %% ../nbs/46_serving.ipynb #2c49718f
 import asyncio
 import errno
 import logging
@@ -26,12 +26,14 @@ from pydantic import BaseModel, ConfigDict, Field
 from . import registry
 from .access import api_key, is_key
 from .answers import Front, Meters
+from .explaining import add_explain
 from .loader import Loader
+from .outlook import Outlook
 from .requests import body_schema
 from .served import NotServable, Served
 from .settings import Settings
 
-# %% ../nbs/46_serving.ipynb #5d5977a7
+# %% ../nbs/46_serving.ipynb #8d7f4cbe
 def model_info(
     served: Served,
     settings: Settings,
@@ -48,13 +50,15 @@ def model_info(
 
 def health(
     loader: Loader,
+    outlook: Outlook,
 ) -> dict[str, Any]:
     "What `/health` answers: noted earlier, nobody is asked now."
     served = loader.served
     return {"status": "ok", "ready": served is not None, "reason": None if served else loader.reason,
             "model": served.version.name if served else None, "version": served.version.version if served else None,
             "alias": served.alias if served else None, "since": served.since if served else None,
-            "mlflow": loader.mlflow, "last_error": loader.last_error}
+            "mlflow": loader.mlflow, "queue": outlook.queue, "training": outlook.training,
+            "last_error": loader.last_error}
 
 
 def columns_info(
@@ -114,18 +118,18 @@ def _handle_problems(app: FastAPI) -> None:
     app.add_exception_handler(NotServable, told(409))
     app.add_exception_handler(500, lambda _, e: JSONResponse({"detail": f"internal error: {type(e).__name__}"}, 500))
 
-# %% ../nbs/46_serving.ipynb #b0229efb
+# %% ../nbs/46_serving.ipynb #14812288
 def _need(loader: Loader) -> Served:
     if loader.served is None:
         raise HTTPException(503, f"no model is served yet: {loader.reason}", {"Retry-After": "5"})
     return loader.served
 
 
-def _add_routes(app: FastAPI, settings: Settings, loader: Loader, meters: Meters) -> None:
+def _add_routes(app: FastAPI, settings: Settings, loader: Loader, meters: Meters, outlook: Outlook) -> None:
     @app.get("/health", tags=["service"])
     async def get_health() -> dict[str, Any]:
-        "200 while the process lives, with the state of the model and of MLflow."
-        return health(loader)
+        "200 while the process lives, with the state of the model, of MLflow and of the queue."
+        return health(loader, outlook)
 
     @app.get("/ready", tags=["service"])
     async def get_ready() -> dict[str, Any]:
@@ -152,7 +156,8 @@ def _add_routes(app: FastAPI, settings: Settings, loader: Loader, meters: Meters
     def get_models() -> list[dict[str, Any]]:
         "Every registered version with its aliases and metrics, latest first."
         served = (loader.served.version.name, loader.served.version.version) if loader.served else None
-        return [{**v.model_dump(), "served": (v.name, v.version) == served} for v in registry.versions(settings)]
+        return [{**v.model_dump(), "served": (v.name, v.version) == served,
+                 "evaluation": f"/models/{v.family}/{v.version}/evaluation"} for v in registry.versions(settings)]
 
     @app.post("/set_model", tags=["models"])
     def post_set_model(body: SetModel, who: Writer) -> dict[str, Any]:
@@ -192,7 +197,7 @@ def _describe(app: FastAPI, loader: Loader) -> None:
 
     app.openapi = openapi  # type: ignore[method-assign]
 
-# %% ../nbs/46_serving.ipynb #52e08356
+# %% ../nbs/46_serving.ipynb #1d3a8c19
 Part = Callable[[FastAPI], AbstractAsyncContextManager[None]]
 
 
@@ -201,15 +206,17 @@ def create_app(
     *parts: Part,  # each adds its routes, and gives what is to be entered while the service runs
 ) -> FastAPI:
     "The service. Its loader starts and stops with it; `app.state` holds `settings`, `loader`, `meters` and `api_key`."
-    loader, meters = Loader(settings), Meters()
+    loader, meters, outlook = Loader(settings), Meters(), Outlook(settings)
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
         loader.start()
+        outlook.start()
         async with AsyncExitStack() as running:
             for one in running_parts:
                 await running.enter_async_context(one)
             yield
+        outlook.stop()
         loader.stop()
 
     app = FastAPIOffline(
@@ -219,7 +226,8 @@ def create_app(
     app.state.api_key = api_key(settings)
     app.add_middleware(Front, settings=settings, loader=loader, meters=meters)
     _handle_problems(app)
-    _add_routes(app, settings, loader, meters)
+    _add_routes(app, settings, loader, meters, outlook)
+    add_explain(app, settings, loader)
     running_parts = [part(app) for part in parts]
     _describe(app, loader)
     return app

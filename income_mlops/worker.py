@@ -242,7 +242,7 @@ class Worker:
         logging.shutdown()
         os._exit(0)
 
-# %% ../nbs/40d_worker.ipynb #5ad099a6
+# %% ../nbs/40d_worker.ipynb #00fd295a
 def clear_halves(
     settings: Settings,
     age: float = 3600.0,  # seconds after which nobody writes to them any more
@@ -264,8 +264,6 @@ def work(
     "Work until SIGTERM or Ctrl-C."
     logging.basicConfig(format="%(asctime)s %(levelname)s %(name)s: %(message)s", stream=sys.stderr)
     logging.getLogger("income_mlops").setLevel(logging.INFO)
-    if settings.jobs.scheduling != "normal":
-        os.nice(5)
     registry.be_impatient()
     worker = Worker(settings, os.getppid() if with_parent else None)
     place = "jobs.storage" if settings.jobs.storage else worker.queue.file
