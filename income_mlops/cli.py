@@ -6,7 +6,7 @@
 __all__ = ['USAGE', 'UNUSABLE', 'INTERRUPTED', 'CLEAN', 'WARNINGS', 'ERRORS', 'Commands', 'main', 'up', 'serve', 'train',
            'analyze', 'models', 'promote', 'predict', 'settings']
 
-# %% ../nbs/50_cli.ipynb #d25b7f07
+# %% ../nbs/50_cli.ipynb #c661c0d3
 import json
 import os
 import sys
@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 import click
 
-from . import cli_jobs
+from . import cli_data, cli_jobs
 
 if TYPE_CHECKING:
     from income_mlops.settings import Settings
@@ -104,7 +104,7 @@ def _quiet() -> None:
                         ("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")):
         os.environ.setdefault(name, value)
 
-# %% ../nbs/50_cli.ipynb #c02680d6
+# %% ../nbs/50_cli.ipynb #8e1582b4
 @main.command()
 def up() -> None:
     """Start everything; Ctrl-C stops it.
@@ -131,10 +131,11 @@ def serve(port: int | None, no_worker: bool) -> None:
     """
     from contextlib import nullcontext
 
+    from income_mlops.intake import part
     from income_mlops.serving import serve as start
     settings = _settings()
     with nullcontext() if no_worker else cli_jobs.own_worker(settings):
-        start(settings, port=port)
+        start(settings, port=port, parts=[part])
 
 # %% ../nbs/50_cli.ipynb #9f0e3cfd
 @main.command()
@@ -295,7 +296,9 @@ def predict(file: Path, out: Path | None, keep: bool, chunk_rows: int) -> None:
     if out:
         click.echo(f"{rows:,} rows → {out}", err=True)
 
-# %% ../nbs/50_cli.ipynb #bf2f23af
+# %% ../nbs/50_cli.ipynb #4f8f2405
+main.add_command(cli_data.upload)
+main.add_command(cli_data.datasets)
 main.add_command(cli_jobs.jobs)
 main.add_command(cli_jobs.worker)
 
