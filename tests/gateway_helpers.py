@@ -170,8 +170,8 @@ class Page:
         self.page.on("console", self._said)
         self.page.on("requestfailed", self._failed)
         self.page.on("response", lambda r: r.status >= 400 and self.problems.append(f"{r.status} {r.url}"))
-        self.page.on("request", lambda r: r.url.startswith((home, "data:", "blob:", "about:", home.replace("http", "ws")))
-                     or self.problems.append(f"elsewhere: {r.url}"))
+        here = (home, home.replace("http", "ws"), "data:", "blob:", "about:")
+        self.page.on("request", lambda r: r.url.startswith(here) or self.problems.append(f"elsewhere: {r.url}"))
 
     def _said(self, message) -> None:
         if message.type == "error":
