@@ -6,7 +6,7 @@
 __all__ = ['USAGE', 'UNUSABLE', 'INTERRUPTED', 'CLEAN', 'WARNINGS', 'ERRORS', 'Commands', 'main', 'up', 'serve', 'train',
            'analyze', 'models', 'promote', 'predict', 'settings']
 
-# %% ../nbs/50_cli.ipynb #c661c0d3
+# %% ../nbs/50_cli.ipynb #ad7af7bb
 import json
 import os
 import sys
@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 import click
 
-from . import cli_data, cli_jobs
+from . import cli_data, cli_jobs, cli_state
 
 if TYPE_CHECKING:
     from income_mlops.settings import Settings
@@ -296,11 +296,13 @@ def predict(file: Path, out: Path | None, keep: bool, chunk_rows: int) -> None:
     if out:
         click.echo(f"{rows:,} rows → {out}", err=True)
 
-# %% ../nbs/50_cli.ipynb #4f8f2405
+# %% ../nbs/50_cli.ipynb #26e6208d
 main.add_command(cli_data.upload)
 main.add_command(cli_data.datasets)
 main.add_command(cli_jobs.jobs)
 main.add_command(cli_jobs.worker)
+main.add_command(cli_state.backup)
+main.add_command(cli_state.restore)
 
 # %% ../nbs/50_cli.ipynb #abd84d4a
 @main.command()
