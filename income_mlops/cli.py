@@ -6,19 +6,18 @@
 __all__ = ['USAGE', 'UNUSABLE', 'INTERRUPTED', 'CLEAN', 'WARNINGS', 'ERRORS', 'Commands', 'main', 'up', 'serve', 'train',
            'analyze', 'models', 'promote', 'predict', 'settings']
 
-# %% ../nbs/50_cli.ipynb #ad7af7bb
+# %% ../nbs/50_cli.ipynb #a3da9f87
 import json
 import os
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import Any, NoReturn
 
 import click
 
-from . import cli_data, cli_jobs, cli_state
-
-if TYPE_CHECKING:
-    from income_mlops.settings import Settings
+from . import cli_dashboard, cli_data, cli_jobs, cli_state
+from .cli_runs import diff, replay
+from .console import project as _settings, quiet as _quiet
 
 # %% ../nbs/50_cli.ipynb #024c2dec
 USAGE, UNUSABLE, INTERRUPTED = 2, 3, 130
@@ -67,7 +66,7 @@ class Commands(click.Group):
                 raise
             _fail(_message(e), _code(e))
 
-# %% ../nbs/50_cli.ipynb #ff6dfbc7
+# %% ../nbs/50_cli.ipynb #9687c4d8
 @click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
              epilog="Exit codes: 0 success, 1 error, 2 wrong usage, 3 unusable input, 130 interrupted.")
 @click.option("--settings", "file", metavar="FILE", type=click.Path(path_type=Path, exists=True, dir_okay=False),
@@ -91,26 +90,14 @@ def main(ctx: click.Context, file: Path | None, debug: bool) -> None:
     if file:  # in the environment, so that kernels and services started from here read the same file
         os.environ["INCOME_MLOPS_SETTINGS"] = str(file.resolve())
 
-
-def _settings() -> "Settings":
-    from income_mlops.settings import load_settings
-    return load_settings()
-
-
-def _quiet() -> None:
-    "MLflow speaks to developers; a command speaks to its user."
-    for name, value in (("MLFLOW_DISABLE_TELEMETRY", "true"), ("GIT_PYTHON_REFRESH", "quiet"),
-                        ("MLFLOW_LOGGING_LEVEL", "WARNING"), ("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true"),
-                        ("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")):
-        os.environ.setdefault(name, value)
-
-# %% ../nbs/50_cli.ipynb #8e1582b4
+# %% ../nbs/50_cli.ipynb #1d58dea4
 @main.command()
 def up() -> None:
     """Start everything; Ctrl-C stops it.
 
-    Starts MLflow, the API and a worker, which trains a first model if there is none. Prints the addresses and stays
-    until Ctrl-C, which stops every service. What they say is in the folder logs/ of the state folder (paths.state).
+    Starts MLflow, the API, a worker, which trains a first model if there is none, and the dashboard. Prints the
+    addresses and stays until Ctrl-C, which stops every service. What they say is in the folder logs/ of the state
+    folder (paths.state).
     """
     from income_mlops.supervisor import up as start
     start(_settings())
@@ -265,7 +252,7 @@ def promote(family: str, version: str, alias: str) -> None:
     done = move(_settings(), family, version, alias)
     click.echo(f"{done.name} version {done.version} is {', '.join(done.aliases)}")
 
-# %% ../nbs/50_cli.ipynb #4872b14e
+# %% ../nbs/50_cli.ipynb #fb37457d
 @main.command()
 @click.argument("file", type=click.Path(path_type=Path))
 @click.option("--out", type=click.Path(path_type=Path), metavar="FILE",
@@ -276,8 +263,8 @@ def promote(family: str, version: str, alias: str) -> None:
 def predict(file: Path, out: Path | None, keep: bool, chunk_rows: int) -> None:
     """Predict every row of a file.
 
-    FILE is CSV or Parquet; the model is the one the API serves. Writes a line `prediction,probability` a row, in the
-    order of the input.
+    FILE is CSV or Parquet; the model is the one the API serves, or would serve, and is named at the end. Writes a
+    line `prediction,probability` a row, in the order of the input.
 
     \b
     Examples:
@@ -292,19 +279,19 @@ def predict(file: Path, out: Path | None, keep: bool, chunk_rows: int) -> None:
     columns = (SpinnerColumn(), TextColumn("{task.completed:,} rows"), TimeElapsedColumn())
     with Progress(*columns, console=Console(stderr=True), transient=True, disable=not sys.stderr.isatty()) as bar:
         task = bar.add_task("rows", total=None)
-        rows = predict_file(_settings(), file, out, keep, chunk_rows, lambda n: bar.advance(task, n))
+        rows = predict_file(_settings(), file, out, keep, chunk_rows, lambda n: bar.advance(task, n),
+                            lambda model: click.echo(f"model: {model}", err=True))
     if out:
         click.echo(f"{rows:,} rows → {out}", err=True)
 
-# %% ../nbs/50_cli.ipynb #26e6208d
-main.add_command(cli_data.upload)
-main.add_command(cli_data.datasets)
+# %% ../nbs/50_cli.ipynb #393b2005
 main.add_command(cli_jobs.jobs)
 main.add_command(cli_jobs.worker)
 main.add_command(cli_state.backup)
 main.add_command(cli_state.restore)
+main.add_command(cli_dashboard.dashboard)
 
-# %% ../nbs/50_cli.ipynb #abd84d4a
+# %% ../nbs/50_cli.ipynb #1cb919c9
 @main.command()
 @click.option("--json", "as_json", is_flag=True, help="For programs.")
 def settings(as_json: bool) -> None:
@@ -315,7 +302,7 @@ def settings(as_json: bool) -> None:
     \b
       DYNACONF_SERVING__PORT=9000 income-mlops settings
     """
-    from income_mlops.settings import effective
+    from income_mlops.origins import effective
     rows = effective(_settings())
     if as_json:
         click.echo(json.dumps([{"key": k, "value": v, "origin": o} for k, v, o in rows], indent=2, default=str))
@@ -327,6 +314,13 @@ def settings(as_json: bool) -> None:
     for key, value, origin in shown:
         click.echo(f"{key:<{keys}} = {value:<{min(values, 40)}}  # {origin}")
 
-# %% ../nbs/50_cli.ipynb #3b39cd89
+# %% ../nbs/50_cli.ipynb #b0d6b242
+main.add_command(cli_data.upload)
+main.add_command(cli_data.datasets)
+
+# %% ../nbs/50_cli.ipynb #299da941
+main.add_command(diff)
+main.add_command(replay)
+
 if __name__ == "__main__" and "__file__" in globals():
     main(prog_name="income-mlops")

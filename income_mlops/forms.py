@@ -5,9 +5,10 @@
 # %% auto #0
 __all__ = ['FIELD', 'BLOCK', 'LINGER', 'BadForm', 'save_file', 'Early']
 
-# %% ../nbs/45a_forms.ipynb #187cd16f
+# %% ../nbs/45a_forms.ipynb #c640cbef
 import asyncio
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -129,8 +130,8 @@ def _write(out: Any, block: bytearray) -> None:
     while view:
         view = view[out.write(view):]
 
-# %% ../nbs/45a_forms.ipynb #a0f56970
-LINGER = 5.0  # seconds
+# %% ../nbs/45a_forms.ipynb #be664da0
+LINGER = 2.0, 64 * BLOCK  # seconds and bytes, at most
 
 
 class Early(JSONResponse):
@@ -140,12 +141,11 @@ class Early(JSONResponse):
         headers = [*self.raw_headers, (b"connection", b"close")]
         await send({"type": "http.response.start", "status": self.status_code, "headers": headers})
         await send({"type": "http.response.body", "body": self.body, "more_body": True})
-        until = time.monotonic() + LINGER
-        try:
-            while (left := until - time.monotonic()) > 0:
+        until, size = time.monotonic() + LINGER[0], 0
+        with suppress(TimeoutError):
+            while (left := until - time.monotonic()) > 0 and size < LINGER[1]:
                 message = await asyncio.wait_for(receive(), left)
                 if message["type"] == "http.disconnect" or not message.get("more_body"):
                     break
-        except TimeoutError:
-            pass
+                size += len(message["body"])
         await send({"type": "http.response.body", "body": b""})

@@ -12,10 +12,10 @@ from pathlib import Path
 from .canvas import CHART_CSS, PALETTE
 from .look import BASE_CSS, NARROW_CSS, PARTS_CSS
 
-# %% ../nbs/47c_frontpage.ipynb #49700406
+# %% ../nbs/47c_frontpage.ipynb #a3d14b10
 WIDGET_CSS = """
 .dash{max-width:76rem;margin:0 auto!important;padding:1.6rem 1.25rem 3rem;width:100%;box-sizing:border-box;
-color:var(--ink);
+color:var(--ink)!important;
 font:16px/1.55 system-ui,-apple-system,"Segoe UI",Roboto,"Helvetica Neue",Arial,sans-serif;overflow:visible!important}
 .dash .widget-html,.dash .widget-html-content{line-height:1.5!important;font-size:1rem;color:var(--ink);height:auto;
 overflow:visible;margin:0;width:100%;align-self:stretch}.dash .widget-html>label{display:none}
@@ -24,9 +24,12 @@ overflow:visible;margin:0;width:100%;align-self:stretch}.dash .widget-html>label
 .dash h2{font-size:1.2rem;margin:0;letter-spacing:-.015em}
 .dash h3{font-size:1rem;margin:0 0 .4rem}.dash p{margin:.2rem 0}.dash a{color:var(--new)}
 .dash .card{gap:.8rem;margin:0!important;overflow:visible}
-.dash .cols{display:grid!important;grid-template-columns:repeat(auto-fit,minmax(min(100%,27rem),1fr));gap:1.25rem;
+.dash .cols{display:grid!important;grid-template-columns:1fr 1fr;gap:1.25rem;
 width:100%;align-items:start}
 .dash .stackbox{display:flex;gap:1.25rem;width:100%}
+.dash .last{order:1}.dash .facts+.scroll{margin-top:.9rem}
+.dash .scroll th,.dash .scroll td{padding:.45rem .75rem}.dash .n,.dash .scroll th[scope=row]{white-space:nowrap}
+.dash .widget-html:has(>.widget-html-content:empty){display:none}
 .dash .row{display:flex!important;flex-flow:row wrap!important;gap:.7rem 1rem;align-items:flex-end;width:100%}
 .dash .row>*{flex:0 1 auto;width:auto!important;align-self:flex-end}.dash .row>.widget-password,
 .dash .row>.widget-dropdown{flex:0 1 22rem}.dash .row>.widget-html{align-self:center}
@@ -48,50 +51,55 @@ font-weight:600;overflow-wrap:anywhere}
 .dash .meter{height:9px;border-radius:9px;background:var(--line);overflow:hidden;margin:.35rem 0}
 .dash .meter i{display:block;height:100%;background:var(--new);border-radius:9px}
 .dash iframe{width:100%;height:70vh;border:1px solid var(--line);border-radius:12px;background:#fff}
-.dash .status{display:flex;gap:.55rem;align-items:center;flex-wrap:wrap;color:var(--soft);font-size:.93rem}
+.dash .status{display:flex;gap:.55rem;align-items:center;color:var(--soft);font-size:.93rem}
 .dash .dot{width:.62rem;height:.62rem;border-radius:50%;background:var(--tone);flex:none}
 .dash .pulse{position:absolute!important;left:-999rem}.dash summary{font-weight:600}
 """
 
-# %% ../nbs/47c_frontpage.ipynb #52eb5a41
+# %% ../nbs/47c_frontpage.ipynb #986c53dd
 FIELD_CSS = """
 .dash .widget-inline-hbox,.dash .jupyter-widget-inline-hbox{width:100%;height:auto;margin:0;flex-flow:row wrap;
 align-items:center;gap:.2rem .6rem;line-height:1.4;overflow:visible}
-.dash .widget-label{width:100%!important;flex:0 0 100%!important;text-align:left!important;color:var(--ink);
-font-size:.88rem;
-font-weight:550;
-height:auto;line-height:1.4;white-space:normal;margin:0}
-.dash .widget-select-dropdown,.dash .jupyter-widgets.widget-dropdown{min-width:0}
+.dash .widget-label{width:100%!important;flex:0 0 100%!important;text-align:left!important;color:var(--ink)!important;
+font-size:.88rem;font-weight:550;height:auto;line-height:1.4;white-space:normal;margin:0}
+.dash .widget-dropdown{min-width:0}
 .dash select,.dash input[type=text],.dash input[type=password],.dash input[type=number]{flex:1 1 9rem;width:100%;
 min-width:0;height:2.5rem!important;line-height:1.4!important;padding:0 .7rem;border:1px solid var(--old)!important;
-border-radius:9px!important;
-background-color:var(--card)!important;color:var(--ink)!important;font:inherit;font-size:.95rem;box-shadow:none}
-.dash select{padding-right:2rem}
-.dash button.jupyter-button,.dash .widget-upload{height:2.5rem;line-height:2.4rem;padding:0 1.15rem;width:auto;
+border-radius:9px!important;background-color:var(--card)!important;color:var(--ink)!important;font:inherit;
+font-size:.95rem!important;box-shadow:none}.dash input::placeholder{color:var(--soft)!important;opacity:1}
+.dash select{padding-right:2.2rem;appearance:none;
+background-image:linear-gradient(45deg,transparent 50%,var(--soft) 50%),
+linear-gradient(135deg,var(--soft) 50%,transparent 50%)!important;background-size:.42rem .42rem!important;
+background-position:calc(100% - 1.22rem) 52%,calc(100% - .82rem) 52%!important;background-repeat:no-repeat!important}
+.dash select option{background:var(--card);color:var(--ink)}
+.dash button.jupyter-button{height:2.5rem;line-height:2.4rem;padding:0 1.15rem;width:auto;
 border-radius:9px;border:1px solid var(--old);background:var(--card);color:var(--ink);font:inherit;font-size:.95rem;
 font-weight:600;margin:0;box-shadow:none;overflow:visible}
 .dash button.jupyter-button:hover:enabled{border-color:var(--ink)}.dash button.jupyter-button:disabled{opacity:.55}
-.dash .widget-upload{font-size:0}.dash .widget-upload i{display:none}
-.dash .widget-upload::after{content:attr(title);font-size:.95rem}
+.dash button.widget-upload{font-size:0!important}.dash button.widget-upload i{display:none}
+.dash button.widget-upload::after{content:attr(title);font-size:.95rem}
 .dash button.mod-primary{background:var(--new);border-color:var(--new);color:var(--card)}
 .dash :focus-visible{outline:3px solid var(--new)!important;outline-offset:2px}
-.dash .widget-slider .slider-container{flex:1 1 6rem;min-width:5rem;margin:0 .6rem;height:2.5rem;display:flex;
+.dash .widget-slider .slider-container{flex:1 1 6rem;min-width:5rem;margin:0 .75rem 0 .7rem;height:2.5rem;display:flex;
 align-items:center}
-.dash .noUi-target{background:var(--line);border:0;box-shadow:none;border-radius:6px;height:6px;width:100%;margin:0}
-.dash .noUi-connect{background:var(--new)}.dash .noUi-connects{border-radius:6px}
+.dash .noUi-target{background:var(--line)!important;border:0!important;box-shadow:none;border-radius:6px;height:6px;
+width:100%;margin:0}.dash .noUi-connect{background:var(--new)!important}.dash .noUi-connects{border-radius:6px;
+background:var(--line)!important}
 .dash .noUi-horizontal .noUi-handle{width:22px!important;height:22px!important;right:-11px!important;
-top:-8px!important;
-border-radius:50%;background:var(--card);border:3px solid var(--new)!important;box-shadow:none;transform:none}
+top:-8px!important;border-radius:50%;background:var(--card)!important;
+border:3px solid var(--new)!important;box-shadow:none;transform:none}
 .dash .widget-readout{min-width:4.2rem;width:auto;max-width:6rem;height:2.5rem;line-height:2.5rem;margin:0;
-padding:0 .5rem;
-text-align:right;border:1px solid var(--old);border-radius:9px;background:var(--card);color:var(--ink);
+padding:0 .5rem;text-align:right;border:1px solid var(--old);border-radius:9px;
+background:var(--card);color:var(--ink)!important;
 font-size:.95rem}
-.dash .widget-checkbox label,.dash .widget-checkbox{font-size:.95rem;color:var(--ink);width:auto;gap:.4rem}
-.dash .widget-checkbox{flex-flow:row nowrap}.dash .widget-checkbox .widget-label{flex:0;width:0!important}
-.dash .widget-checkbox input{width:1.15rem;height:1.15rem;accent-color:var(--new);margin:0 .4rem 0 0}
+.dash .widget-checkbox label,.dash .widget-checkbox span{font-size:.95rem;color:var(--ink)!important;width:auto;
+white-space:normal!important;overflow:visible;height:auto;line-height:1.4}.dash .widget-checkbox{flex-flow:row nowrap}
+.dash .widget-checkbox .widget-label{flex:0!important;width:0!important}.dash .widget-checkbox
+.widget-label-basic{display:flex;align-items:flex-start;width:100%!important;max-width:none}
+.dash .widget-checkbox input{width:1.15rem;height:1.15rem;accent-color:var(--new);margin:.1rem .5rem 0 0;flex:none}
 """
 
-# %% ../nbs/47c_frontpage.ipynb #a76406e9
+# %% ../nbs/47c_frontpage.ipynb #85bb4729
 TABS_CSS = """
 .dash .tabs{border:0;overflow:visible;margin:1rem 0 0;width:100%;background:none}
 .dash .tabs>.lm-TabBar,.dash .tabs>.p-TabBar{border:0;overflow:visible;min-height:0;margin-bottom:1.25rem}
@@ -101,23 +109,28 @@ align-items:stretch;width:100%}
 .dash .tabs .lm-TabBar-tab{flex:none!important;min-width:0;max-width:none;width:auto;min-height:2.9rem;
 margin:0!important;
 padding:0 1rem!important;border:0!important;background:none!important;font-family:inherit;
-color:var(--soft);font-size:1rem;line-height:2.9rem;
+color:var(--soft)!important;font-size:1rem;line-height:2.9rem;
 transform:none!important;cursor:pointer}
-.dash .tabs .lm-TabBar-tab.lm-mod-current{color:var(--ink);font-weight:650;box-shadow:inset 0 -3px var(--new)}
+.dash .tabs .lm-TabBar-tab.lm-mod-current{color:var(--ink)!important;font-weight:650;box-shadow:inset 0 -3px var(--new)}
 .dash .tabs .lm-TabBar-tab.lm-mod-current::before{display:none}.dash .tabs .lm-TabBar-tab:hover{color:var(--ink)}
 .dash .tabs,.dash .tabs *{font-family:inherit!important}
 .dash .tabs .widget-tab-contents{border:0!important;padding:0!important;background:none!important;overflow:visible;
 margin:0;color:inherit}
 .dash .tabs>.widget-tab-contents>*{width:100%}
-@media(max-width:44rem){.dash{padding:0 .9rem 2rem}.dash .tabs .lm-TabBar-tab{padding:0 .75rem!important}
+@media(max-width:44rem){.dash{padding:1rem .9rem 2rem}.dash .tabs .lm-TabBar-tab{padding:0 .5rem!important;
+font-size:.93rem}.dash .tabs .lm-TabBar-content{gap:0}
 .dash .answer b{font-size:2.6rem}.dash h1{font-size:1.45rem}.dash .card{padding:1rem}
-.dash .cols{grid-template-columns:1fr}}
+}
+@media(min-width:62rem){.dash .beside{grid-column:2;grid-row:1/span 2}}
+@media(max-width:61.99rem){.dash .cols{grid-template-columns:1fr!important}
+.dash .beside{display:contents!important}
+.dash .first{order:-1}}
 """
 CSS = WIDGET_CSS + FIELD_CSS + TABS_CSS
 INSIDE_CSS = PALETTE + CHART_CSS + PARTS_CSS + CSS
 "What the widgets need inside another page, such as JupyterLab's."
 
-# %% ../nbs/47c_frontpage.ipynb #feaa8110
+# %% ../nbs/47c_frontpage.ipynb #5e05afdf
 SCRIPT = """
 document.title = TITLE;
 (() => {
@@ -148,6 +161,8 @@ PAGE = """{%- extends 'lab/index.html.j2' -%}
 PAGE_CSS = """
 body.jp-Notebook{background:var(--bg)!important;padding:0!important;margin:0!important;overflow:visible!important;
 height:auto!important;min-height:100vh;display:block!important}html{height:auto!important;overflow:auto!important}
+#main,#jp-main-content-panel,#rendered_cells{position:static!important;overflow:visible!important;height:auto!important;
+width:auto!important;min-height:0!important;background:none!important;contain:none!important}
 .jp-MarkdownCell,.jp-RenderedMarkdown{display:none!important}
 #rendered_cells,.jp-Cell,.jp-OutputArea-child,.jp-OutputArea-output{overflow:visible!important;
 padding:0!important;margin:0!important;background:none!important}

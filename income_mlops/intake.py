@@ -5,10 +5,12 @@
 # %% auto #0
 __all__ = ['logger', 'T', 'Receipt', 'jobs_of', 'deposit', 'InUse', 'remove', 'tidy', 'Intake', 'part']
 
-# %% ../nbs/46b_intake.ipynb #dc8c5a39
+# %% ../nbs/46b_intake.ipynb #83e7e8fd
 import asyncio
+import json
 import logging
-from collections.abc import AsyncIterator, Callable
+import tempfile
+from collections.abc import AsyncIterator, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from pathlib import Path
@@ -19,7 +21,7 @@ from fastapi.responses import HTMLResponse, JSONResponse
 from starlette.requests import ClientDisconnect
 
 from . import jobs, registry, uploads
-from .errands import Broken, Full, Helpers, Refused, is_full
+from .errands import Broken, Helpers, Refused, is_full
 from .forms import BadForm, Early, save_file
 from .jobs import Job, Queue
 from .serving import Part, Writer
@@ -29,7 +31,7 @@ from .uploads import Upload
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
 
-# %% ../nbs/46b_intake.ipynb #5059f34b
+# %% ../nbs/46b_intake.ipynb #20ff3b3b
 class Receipt(NamedTuple):
     "What became of a file."
     upload: Upload
@@ -40,10 +42,11 @@ class Receipt(NamedTuple):
 def jobs_of(
     queue: Queue,
     upload: Upload,
+    among: Sequence[Job] | None = None,  # default: all jobs of the queue
 ) -> list[Job]:
     "The jobs of an upload, latest first; not those of an earlier one with the same content, deleted since."
-    since = upload.received.replace(microsecond=0)
-    return [j for j in queue.list(limit=100_000) if j.upload == upload.id and j.created >= since]
+    known = queue.list(limit=100_000) if among is None else among
+    return [j for j in known if j.upload == upload.id and j.created >= upload.received]
 
 
 def deposit(
@@ -167,7 +170,7 @@ def _refusal(error: Exception) -> tuple[int, dict[str, Any]] | None:
         return 503, {"detail": "the queue of jobs does not answer (jobs.storage); nothing was stored"}
     return None
 
-# %% ../nbs/46b_intake.ipynb #066039e0
+# %% ../nbs/46b_intake.ipynb #b42ba6f8
 _FORM = {"requestBody": {"required": True, "content": {"multipart/form-data": {"schema": {
     "type": "object", "required": ["file"], "additionalProperties": False,
     "properties": {"file": {"type": "string", "format": "binary", "description": "CSV (UTF-8) or Parquet."}}}}}}}
@@ -208,7 +211,7 @@ def _upload_routes(app: FastAPI, intake: Intake) -> None:
         if deleted:
             return [d.model_dump(mode="json") for d in uploads.deletions(settings)]
         known = queue.list(limit=100_000)
-        return [{**u.model_dump(mode="json"), "jobs": [j.id for j in known if j.upload == u.id],
+        return [{**u.model_dump(mode="json"), "jobs": [j.id for j in jobs_of(queue, u, known)],
                  "links": _links(request, u.id, None)} for u in uploads.listed(settings)]
 
     @app.get("/uploads/{id}", tags=["new data"], responses=_NOT_THERE)
@@ -270,11 +273,13 @@ def _job_routes(app: FastAPI, intake: Intake) -> None:
             pages[key] = page
         return HTMLResponse(pages[key], headers=_CAGE)
 
-# %% ../nbs/46b_intake.ipynb #dc1d00e0
-def _analysis(settings: Settings, run: str) -> tuple[Any, dict[str, Any]]:
-    "The run of an analysis, and what it found."
-    from mlflow.artifacts import load_dict
-    with registry.asking(settings) as client:
+# %% ../nbs/46b_intake.ipynb #fc798f81
+def _analysis(settings: Settings, run: str, artifact: str) -> tuple[Any, str]:
+    "The run of an analysis, the latest if none is named, and one of its artifacts."
+    uri, nothing = settings.tracking_uri, HTTPException(404, "nothing has been analysed yet")
+    if uri.startswith("sqlite:///") and not Path(uri.removeprefix("sqlite:///")).is_file():  # asking would create it
+        raise nothing
+    with registry.asking(settings) as client, tempfile.TemporaryDirectory() as d:
         experiment = client.get_experiment_by_name(settings.mlflow.experiment_name)
         chosen = "tags.verdict != '' and attributes.status = 'FINISHED'"
         if run:
@@ -282,15 +287,9 @@ def _analysis(settings: Settings, run: str) -> tuple[Any, dict[str, Any]]:
         found = client.search_runs([experiment.experiment_id], chosen, max_results=1,
                                    order_by=["attributes.start_time DESC"]) if experiment else []
         if not found:
-            raise HTTPException(404, f"no analysis with the run {run}" if run else "nothing has been analysed yet")
-        return found[0], load_dict(f"{found[0].info.artifact_uri}/findings.json")
-
-
-def _report(settings: Settings, run: str) -> str:
-    from mlflow.artifacts import load_text
-    found, _ = _analysis(settings, run)
-    with registry.asking(settings):
-        return str(load_text(f"{found.info.artifact_uri}/report.html"))
+            raise HTTPException(404, f"no finished analysis is the run {run}") if run else nothing
+        file = Path(client.download_artifacts(found[0].info.run_id, artifact, d))
+        return found[0], file.read_text(encoding="utf-8")
 
 
 _Run = Annotated[str, Query(pattern="^([0-9a-f]{32})?$", description="The MLflow run; else the latest.")]
@@ -303,9 +302,9 @@ def _analysis_routes(app: FastAPI, settings: Settings) -> None:
     @app.get("/analysis", tags=["new data"], responses=away)
     def get_analysis(request: Request, run: _Run = "") -> dict[str, Any]:
         "Verdict and findings of the latest analysis, or of that of a run."
-        found, told = _analysis(settings, run)
+        found, told = _analysis(settings, run, "findings.json")
         root = request.scope.get("root_path", "")
-        return {**told, "run_id": found.info.run_id, "job": found.data.tags.get("job") or None,
+        return {**json.loads(told), "run_id": found.info.run_id, "job": found.data.tags.get("job") or None,
                 "started": found.info.start_time, "rows": {k: int(found.data.metrics.get(f"{k}_rows", 0))
                                                            for k in ("new", "reference")},
                 "links": {"report": f"{root}/analysis/report?run={found.info.run_id}"}}
@@ -313,9 +312,15 @@ def _analysis_routes(app: FastAPI, settings: Settings) -> None:
     @app.get("/analysis/report", tags=["new data"], response_class=HTMLResponse, responses=away)
     def get_report(run: _Run = "") -> HTMLResponse:
         "The report of the latest analysis, or of that of a run, as one page."
-        return HTMLResponse(_report(settings, run), headers=_CAGE)
+        return HTMLResponse(_analysis(settings, run, "report.html")[1], headers=_CAGE)
 
-# %% ../nbs/46b_intake.ipynb #cc95641c
+# %% ../nbs/46b_intake.ipynb #550d7699
+def _no_space(_: Request, error: Exception) -> Response:
+    if not is_full(error):
+        raise error
+    return JSONResponse({"detail": "no space left on the disk of the state folder (paths.state)"}, 507)
+
+
 def part(
     app: FastAPI,
 ) -> AbstractAsyncContextManager[None]:
@@ -329,7 +334,7 @@ def part(
     app.add_exception_handler(InUse, told(409))
     app.add_exception_handler(Refused, told(422))
     app.add_exception_handler(Broken, told(500))
-    app.add_exception_handler(Full, told(507))
+    app.add_exception_handler(OSError, _no_space)
     _upload_routes(app, intake)
     _job_routes(app, intake)
     _analysis_routes(app, settings)

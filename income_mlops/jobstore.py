@@ -149,7 +149,7 @@ class Records(Database):
             elif _change(c, (_c.id == id) & (_c.state == "running") & _c.cancelled_by.is_(None), cancelled_by=who):
                 _log(c, id, now, "running", who, "is to be cancelled")
 
-# %% ../nbs/40a_jobstore.ipynb #7989ad2c
+# %% ../nbs/40a_jobstore.ipynb #278f174f
 class Store(Records):
     "What workers do."
 
@@ -229,7 +229,7 @@ class Store(Records):
         with self.writing() as (c, now):
             mine = (_c.id == id) & (_c.state == "running") & (_c.worker == worker) & (_c.attempts == attempt)
             ending: dict[str, Any] = {"ended": now} if state != "queued" else {"due": now + (pause or 0)}
-            losses = _c.losses + (pause is not None)
+            losses = _c.losses + int(pause is not None)
             if not _change(c, mine, state=state, worker=None, lease=None, losses=losses, **ending, **values):
                 return False
             if state == "queued":

@@ -114,7 +114,7 @@ class _Pictures(_Widgets):
             [(c["roc"]["fpr"], c["roc"]["tpr"])], f"false positive rate (area under the curve {auc:.4f})",
             "true positive rate", here=here))
 
-# %% ../nbs/47h_model_tab.ipynb #f854338d
+# %% ../nbs/47h_model_tab.ipynb #6023da11
 class ModelTab(_Pictures):
     "The served model and all versions."
 
@@ -175,6 +175,10 @@ class ModelTab(_Pictures):
         self.versions.value = str(table(title, head, lines))
         self.choice.options = [(f"{v['family']} version {v['version']} ({a})", (a, v["family"], v["version"]))
                                for v in found for a in v["aliases"]]
+        others = [i for i, (_, (_, *which)) in enumerate(self.choice.options)
+                  if which != [self.shared.model.get("family"), self.shared.model.get("model_version")]]
+        if self.choice.options:
+            self.choice.index = (others or [0])[0]
         self.switch.disabled = not self.choice.options
         self.bearers = {(v["family"], v["version"]): v["aliases"] for v in found}
 

@@ -18,7 +18,7 @@ from .canvas import legible, percent, short
 from .form import UNKNOWN, Form
 from .parts import Shared, Tab, box, card, html, on_click, row
 
-# %% ../nbs/47g_predict_tab.ipynb #e1161397
+# %% ../nbs/47g_predict_tab.ipynb #8a1d19e6
 class PredictTab(Tab):
     "A form, and all that can be said about its row."
     title = "Predict"
@@ -38,12 +38,12 @@ class PredictTab(Tab):
         on_click(self.reset, self.notice, self._reset)
         left = card("A row", self.fields, row(self.somebody, self.reset),
                     lead="Every change is predicted at once.")
-        right = box(card("Prediction", self.answer_notice, self.answer),
-                    card("What drove it", self.why_notice, self.why), of="stackbox")
+        right = box(card("Prediction", self.answer_notice, self.answer, of="first"),
+                    card("What drove it", self.why_notice, self.why), of="stackbox beside")
         what_if = card("What if", row(self.column), self.curve_notice, self.curve,
-                       lead="The prediction as one column varies and all others stay as they are.")
+                       lead="The prediction as one column varies and all others stay as they are.", of="last")
         self.batch = BatchCard(shared)
-        self.body = box(box(box(left, what_if, of="stackbox"), right, of="cols"), self.batch.view, of="stackbox")
+        self.body = box(box(left, right, what_if, of="cols"), self.batch.view, of="stackbox")
         self.body.layout.display = "none"
         self.view = box(self.notice, self.body, of="stackbox")
 

@@ -5,31 +5,31 @@
 # %% auto #0
 __all__ = ['upload_of', 'Tell', 'Stopped', 'Steps', 'Retraining', 'perform']
 
-# %% ../nbs/40c_retraining.ipynb #8414a6f4
-import json
+# %% ../nbs/40c_retraining.ipynb #36586bb9
 import threading
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
-from . import datasets, pipelines, registry, runs
+from . import datasets, pipelines, registry, runs, uploads
 from .data import DataError, read_table
 from .jobs import Job
 from .settings import Settings, SettingsError
 from .tracking import connect, experiment_id, log_notebook
 from .verdict import VERDICTS
 
-# %% ../nbs/40c_retraining.ipynb #bab31f79
+# %% ../nbs/40c_retraining.ipynb #a38c28f4
 def upload_of(
     settings: Settings,
     id: str,
 ) -> tuple[Path, str]:
     "The file of an upload and the name it came with. `DataError` if it is not kept."
-    folder = datasets._store(settings).parents[1] / "uploads" / datasets._store(settings).name / id
-    if not (folder / "data.parquet").is_file():
-        raise DataError(f"upload {id} is not there; was it deleted?")
-    return folder / "data.parquet", str(json.loads((folder / "manifest.json").read_text())["source"])
+    try:
+        found = uploads.load(settings, id)
+    except uploads.Unknown as e:
+        raise DataError(f"{e}; was it deleted?") from e
+    return found.path, found.source
 
 # %% ../nbs/40c_retraining.ipynb #b5f02ec4
 class Tell(Protocol):

@@ -39,7 +39,7 @@ def probability(
     said = f"Probability of {label}: {percent(p)}; decided at {percent(threshold)}."
     return svg(width, 66, said, parts)
 
-# %% ../nbs/47b_sketches.ipynb #b44aba39
+# %% ../nbs/47b_sketches.ipynb #5da382db
 def contributions(
     rows: Sequence[tuple[str, str, float]],  # column, its value, what it adds
     scale: str,  # log-odds or probability
@@ -62,7 +62,7 @@ def contributions(
     for i, (name, value, v) in enumerate(shown):
         y = 8 + i * step
         x = zero + min(v, 0) * unit
-        parts += [text(left - 12, y + 13, f"{name} = {value}" if value else name, "end ink", 34),
+        parts += [text(left - 12, y + 13, f"{name} = {value}" if value else name, "end ink", 30),
                   rect(x, y, abs(v) * unit, 17, "plus" if v > 0 else "minus"),
                   text(x - 5 if v < 0 else x + v * unit + 5, y + 13, f"{v:+.2f}".replace("-", "−"),
                        "end" if v < 0 else "")]
@@ -132,7 +132,7 @@ def levels(
     return svg(width, bottom + 8, f"Probability by {legible(name, 40)}: {said}; now {legible(now or 'not known', 40)}.",
                parts)
 
-# %% ../nbs/47b_sketches.ipynb #483444af
+# %% ../nbs/47b_sketches.ipynb #e6383210
 def square(
     title: str,
     lines: Sequence[tuple[Sequence[float], Sequence[float]]],  # x and y of each line, from 0 to 1
@@ -140,10 +140,10 @@ def square(
     ylabel: str,
     dots: Sequence[tuple[float, float, float, float]] = (),  # x, y and the ends of its interval
     here: tuple[float, float] | None = None,  # a point to mark
-    width: float = 360,
+    width: float = WIDTH,
 ) -> Markup:
     "Lines in the unit square over its diagonal."
-    left, right, top, bottom = 46.0, width - 12, 10.0, width - 50
+    left, right, top, bottom = 58.0, width - 18, 10.0, width - 50
 
     def at(a: float, b: float) -> str:
         return f"{left + a * (right - left):.1f} {bottom - b * (bottom - top):.1f}"
@@ -158,15 +158,15 @@ def square(
         x, y = map(float, at(*here).split())
         parts.append(circle(x, y, 7, "knob"))
     parts += [text((left + right) / 2, width - 14, xlabel, "middle"),
-              Markup('<text transform="translate(11 {:.0f}) rotate(-90)" class="middle">{}</text>').format(
+              Markup('<text transform="translate(10 {:.0f}) rotate(-90)" class="middle">{}</text>').format(
                   (top + bottom) / 2, legible(ylabel, 40))]
     return svg(width, width - 6, title, parts)
 
-# %% ../nbs/47b_sketches.ipynb #75683734
+# %% ../nbs/47b_sketches.ipynb #9422a644
 def confusion(
     counts: dict[str, float],  # tn, fp, fn, tp
     classes: Sequence[str],  # negative, positive
-    width: float = 360,
+    width: float = WIDTH,
 ) -> Markup:
     "The four counts as boxes; deeper colour is a larger share of its row."
     left, top, w, h = 92.0, 40.0, (width - 100) / 2, 84.0

@@ -33,6 +33,7 @@ def make_project(folder: Path, rows: int = 2000, state: Path | None = None, **se
     """A project whose original data are the first real rows."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "origin.csv").write_bytes(csv(LINES[1:rows + 1]))
+    sections["mlflow"] = {"experiment_name": "adult-income", **sections.get("mlflow", {})}
     more = "\n".join(f"[{s}]\n" + "\n".join(f"{k} = {v}" for k, v in keys.items()) for s, keys in sections.items())
     (folder / "settings.ini").write_text(f"""
 [paths]
@@ -43,8 +44,6 @@ origin_path = origin.csv
 target = income
 positive = ">50K"
 ignored = fnlwgt
-[mlflow]
-experiment_name = adult-income
 {more}
 """)
     return load_settings(folder / "settings.ini")

@@ -38,7 +38,7 @@ def there(trained, monkeypatch):
 
 # ── what a newcomer sees ──────────────────────────────────────────────────────────────────────────────────────────────
 
-COMMANDS = ["up", "serve", "train", "analyze", "models", "promote", "predict", "settings"]
+COMMANDS = ["up", "serve", "train", "analyze", "models", "promote", "predict", "settings", "diff", "replay"]
 
 
 def test_help_lists_every_command():
@@ -191,10 +191,6 @@ def test_models_and_promote(there):
                          (("RandomForest", "1", "--alias", "v1"), "v1")]:
         done = run("promote", *words)
         assert done.exit_code == 1 and named in done.stderr and len(done.stderr.splitlines()) == 1
-
-
-def test_first_training_only_if_there_is_none(there):
-    assert run("train", "--first").stdout == "there is one: RandomForest version 1\n"
 
 
 # ── predict ───────────────────────────────────────────────────────────────────────────────────────────────────────────

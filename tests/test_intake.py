@@ -14,10 +14,13 @@ import numpy as np
 import polars as pl
 import pytest
 from intake_helpers import HEADER, LINES, IntakeApi, check_uploads, csv, fresh, make_project, remains, store, wait_until
+from starlette.testclient import TestClient
 
 from income_mlops import datasets, uploads
 from income_mlops.data import conform, read_table
+from income_mlops.intake import part
 from income_mlops.jobs import Queue
+from income_mlops.serving import create_app
 
 ROWS = LINES[3001:3201]  # not in the project's original data
 GOOD = csv(ROWS)
@@ -29,6 +32,19 @@ def api(tmp_path_factory):
     with IntakeApi(settings) as api:
         yield api
         assert api.stop() < 10
+
+
+@pytest.fixture(autouse=True)
+def nothing_stays(request):
+    """Every test begins without uploads and without open jobs."""
+    yield
+    if "api" in request.fixturenames:
+        request.getfixturevalue("api").clear()
+
+
+def traces(settings):
+    """What a refused upload could have left."""
+    return remains(settings), [u.id for u in uploads.listed(settings)], len(Queue(settings).list(limit=1000))
 
 
 def with_row(row, at=5):
@@ -117,6 +133,7 @@ REFUSED = {
 @pytest.mark.parametrize("case", REFUSED)
 def test_bad_files_are_refused_where_they_are_bad(api, case):
     data, where, line, words = REFUSED[case]
+    before = traces(api.settings)
     answer = api.send(data, "../../some name.csv")
     told = answer.json()
     print(told)
@@ -125,7 +142,7 @@ def test_bad_files_are_refused_where_they_are_bad(api, case):
     assert "/" not in told["detail"].replace("/rows", "") or case == "Parquet, damaged within"
     assert (told["column"], told["line"]) == (where, line)
     assert told["detail"].startswith("some name.csv: "), "it is named as its sender named it, without a path"
-    assert not remains(api.settings) and not uploads.listed(api.settings) and not Queue(api.settings).list()
+    assert traces(api.settings) == before == ([], [], before[2])
 
 
 # name: (file, checks that remark on it)
@@ -192,10 +209,11 @@ def test_one_content_is_one_upload_in_whichever_form(api):
     ({"files": {"file": b"1" * (4 * 2**20 + 1)}}, 413, "serving.max_upload_mb = 4"),
 ])
 def test_bad_requests_are_refused(api, form, status, words):
+    before = traces(api.settings)
     answer = api.http.post("/upload_data", **form)
     print(answer.text)
     assert answer.status_code == status and words in answer.json()["detail"]
-    assert not remains(api.settings) and not uploads.listed(api.settings) and not Queue(api.settings).list()
+    assert traces(api.settings) == before
 
 
 @pytest.mark.parametrize("promised", [True, False], ids=["with its length", "chunked"])
@@ -232,8 +250,8 @@ def test_a_name_is_never_a_path(api):
 
 
 def test_what_was_refused_is_in_the_log(api):
-    api.send(with_value(0, "forty"), "forty\nlines.csv")
-    assert "refused with 422: forty_lines.csv: column 'age', line 5: 'forty' is not a number" in api.log.read_text()
+    api.send(with_value(0, "forty"), "a/<forty>.csv")
+    assert "refused with 422: _forty_.csv: column 'age', line 5: 'forty' is not a number" in api.log.read_text()
 
 
 def test_a_broken_connection_leaves_nothing(api):
@@ -250,7 +268,9 @@ def test_a_broken_connection_leaves_nothing(api):
 
 def test_the_way_of_an_upload(api):
     settings = api.settings
-    known = csv([*LINES[1:51], *ROWS[:50], *ROWS[:10]])  # 50 rows of the original, 10 of its own twice
+    identity = [(r.split(",")[:2], r.split(",")[3:]) for r in LINES[1:2001]]
+    new = [r for r in ROWS if (r.split(",")[:2], r.split(",")[3:]) not in identity][:50]
+    known = csv([*LINES[1:51], *new, *new[:10]])  # 50 rows of the original, 10 of its own twice
     first = api.send(known, "march.csv").json()
     assert (first["rows"], first["duplicates"], first["repeated"]) == (110, 50, 10) and first["job"] == "retrain"
     job = api.get(first["links"]["job"])
@@ -305,7 +325,7 @@ def test_ten_uploads_at_once(api):
         answers = list(pool.map(lambda i: api.send(fresh(i // 2)), range(20)))
     assert sorted(a.status_code for a in answers) == [200] * 10 + [202] * 10
     assert len(api.get("/uploads")) == len({a.json()["upload"] for a in answers}) == 10
-    assert len(api.get("/jobs")) == len({a.json()["job_id"] for a in answers}) == 10
+    assert len(api.get("/jobs?state=queued")) == len({a.json()["job_id"] for a in answers}) == 10
     assert len(check_uploads(api.settings)) == 10 and not remains(api.settings)
     api.clear()
 
@@ -337,10 +357,43 @@ def test_a_notebook_half_executed_is_shown_in_a_cage(api):
     api.clear()
 
 
-def test_nothing_has_been_analysed_yet(api):
+def test_the_latest_analysis(api):
     for path in ("/analysis", "/analysis/report"):
-        assert api.http.get(path).status_code == 404
+        answer = api.http.get(path)
+        assert answer.status_code == 404 and answer.json() == {"detail": "nothing has been analysed yet"}
     assert api.http.get("/analysis?run=../../x").status_code == 422
+    import mlflow
+
+    from income_mlops import analysis
+    settings = api.settings
+    evil = '"<script>alert(1)</script>"'
+    upload = uploads.load(settings, api.send(with_value(1, evil), query="?retrain=false").json()["upload"])
+    new, old = analysis.Source(settings, str(upload.path)), analysis.Source(settings, "original")
+    mlflow.set_tracking_uri(settings.tracking_uri)
+    mlflow.create_experiment("adult-income", (settings.root / "artifacts").as_uri())
+    mlflow.set_experiment("adult-income")
+    with mlflow.start_run(tags={"job": "j1"}) as run:
+        analysis.log(analysis.hold_against(settings, new, old), {"new data": new.digest, "old data": old.digest})
+    mlflow.set_tracking_uri("")
+    told = api.get("/analysis")
+    assert told["run_id"] == run.info.run_id and told["job"] == "j1"
+    assert told["rows"] == {"new": 201, "reference": datasets.original(settings).manifest.rows}
+    assert told["verdict"] in ("use as is", "clean first", "do not retrain") and told["findings"]
+    page = api.http.get(told["links"]["report"])
+    assert page.status_code == 200 and evil.strip('"') not in page.text and "<h" in page.text
+    assert page.headers["Content-Security-Policy"].startswith("sandbox")
+    assert api.get(f"/analysis?run={run.info.run_id}") == told
+    assert api.http.get(f"/analysis?run={'0' * 32}").status_code == 404
+
+
+def test_an_analysis_while_mlflow_is_away(tmp_path):
+    settings = make_project(tmp_path, mlflow={"tracking_uri": '"http://127.0.0.1:9"'})
+    app = create_app(settings, part)
+    key = {"X-API-Key": app.state.api_key}
+    with TestClient(app, base_url="http://localhost", headers=key) as client:
+        answer = client.get("/analysis/report")
+        assert answer.status_code == 503 and answer.headers["Retry-After"] and "MLflow" in answer.json()["detail"]
+        assert client.post("/upload_data", files={"file": fresh(1)}).status_code == 202, "uploads do not need it"
 
 
 def test_the_interface_is_described(api):
@@ -383,9 +436,12 @@ def test_old_uploads_go_when_a_service_starts(tmp_path):
 
 
 def command(settings, *words, **env):
-    import os
-    return subprocess.run([sys.executable, "-m", "income_mlops.cli", *map(str, words)], cwd=settings.root, text=True,
-                          capture_output=True, timeout=120, env={**os.environ, **env})
+    """The command line, in this process."""
+    from click.testing import CliRunner
+
+    from income_mlops.cli import main
+    env = {"INCOME_MLOPS_SETTINGS": str(settings.root / "settings.ini"), **env}
+    return CliRunner().invoke(main, [str(w) for w in words], env=env)
 
 
 def test_the_command_speaks_to_the_api_or_stores_directly(api, tmp_path):
@@ -393,25 +449,24 @@ def test_the_command_speaks_to_the_api_or_stores_directly(api, tmp_path):
     file.write_bytes(fresh(5))
     there = {"DYNACONF_BACKEND_URL": api.url + "/predict"}
     sent = command(api.settings, "upload", file, "--json", **there)
-    assert sent.returncode == 0, sent.stderr
+    assert sent.exit_code == 0, sent.stderr
     told = json.loads(sent.stdout)
     assert told["by"] == api.url and told["job"] == "retrain" and api.get("/jobs")[0]["id"] == told["job_id"]
     away = {"DYNACONF_BACKEND_URL": "http://127.0.0.1:9"}
     direct = command(api.settings, "upload", file, "--retrain", **away)
-    assert direct.returncode == 0 and "stored directly" in direct.stderr and "(retrain) is queued" in direct.stdout
+    assert direct.exit_code == 0 and "stored directly" in direct.stderr and "(retrain) is queued" in direct.stdout
     assert len(api.get("/uploads")) == 1 and len(api.get("/jobs?state=queued")) == 2
     bad = tmp_path / "bad.csv"
     bad.write_bytes(with_value(0, "forty"))
     for env in (there, away):
         refused = command(api.settings, "upload", bad, **env)
-        assert refused.returncode == 3 and "bad.csv: column 'age', line 5: 'forty'" in refused.stderr, refused.stderr
-    nobody = command(api.settings, "upload", file, DYNACONF_BACKEND_URL="http://192.0.2.1:9",
-                     HTTP_PROXY="", DYNACONF_SERVING__HOST="127.0.0.1", SSL_CERT_FILE="")
-    assert nobody.returncode == 1 and "does not answer" in nobody.stderr
+        assert refused.exit_code == 3 and "bad.csv: column 'age', line 5: 'forty'" in refused.stderr, refused.stderr
+    nobody = command(api.settings, "upload", file, DYNACONF_BACKEND_URL="http://elsewhere.invalid:9")
+    assert nobody.exit_code == 1 and "does not answer" in nobody.stderr, "and stores nothing here"
     listed = command(api.settings, "datasets", "list")
     assert "new.csv" in listed.stdout and "current" in listed.stdout
     kept = command(api.settings, "datasets", "delete", told["upload"])
-    assert kept.returncode == 1 and "cancel it first" in kept.stderr
+    assert kept.exit_code == 1 and "cancel it first" in kept.stderr
     for job in api.get("/jobs?state=queued"):
         api.http.delete(f"/jobs/{job['id']}")
     gone = command(api.settings, "datasets", "delete", told["upload"][:8], "--json")
@@ -428,7 +483,7 @@ def test_back_to_an_older_version(tmp_path):
     assert json.loads(back.stdout) == {"current": first.id, "before": later, "rows": first.manifest.rows}
     assert datasets.current(settings).id == first.id
     wrong = command(settings, "datasets", "rollback", "nonsense")
-    assert wrong.returncode == 3 and later in wrong.stderr
+    assert wrong.exit_code == 3 and later in wrong.stderr
     told = json.loads(command(settings, "datasets", "list", "--json").stdout)
     assert [(v["id"], v["current"]) for v in told["versions"]] == [(first.id, True), (later, False)]
 

@@ -11,7 +11,7 @@ import urllib.request
 from pathlib import Path
 
 import pytest
-from training_helpers import children_of, command, free_port, mlflow_server, running, set_up
+from training_helpers import children_of, command, free_port, mlflow_server, running, set_up, small
 
 pytestmark = pytest.mark.slow
 
@@ -142,19 +142,10 @@ def test_api_file_and_pipeline_agree_on_the_whole_holdout(trained):
     assert (from_file["prediction"] == classes).all()
 
 
-def small(root):
-    "Use the first 3,000 rows: for what does not depend on how many there are."
-    for name in ("adult.train.csv", "adult.test.csv"):
-        lines = (root / "data" / name).read_text().splitlines(keepends=True)[:3001]
-        (root / "data" / name).unlink()
-        (root / "data" / name).write_text("".join(lines))
-    return root
-
-
 def test_two_trainings_give_identical_metrics(tmp_path):
     root = small(set_up(tmp_path))
     for threads in ("1", "2"):
-        command(root, "train", "--trials", "5", env={"DYNACONF_OPTIMIZATION__THREADS": threads})
+        command(root, "train", "--trials", "3", env={"DYNACONF_OPTIMIZATION__THREADS": threads})
     # all but the one that is a time
     first, second = ({r.data.tags["family"]: {k: v for k, v in r.data.metrics.items() if k != "predictor_row_us"}
                       for r in runs_of(root) if r.data.tags.get("mlflow.parentRunId") == p.info.run_id}
@@ -181,7 +172,7 @@ def test_a_family_of_ones_own(tmp_path):
 def test_a_killed_kernel_fails_the_run_and_the_next_training_resumes(tmp_path):
     root = small(set_up(tmp_path))
     journal = root / "var" / "studies" / "studies.journal"
-    args = [sys.executable, "-m", "income_mlops.cli", "train", "--trials", "40", "--models", "RandomForest"]
+    args = [sys.executable, "-m", "income_mlops.cli", "train", "--trials", "16", "--models", "RandomForest"]
     process = subprocess.Popen(args, cwd=root, stderr=subprocess.PIPE, text=True)
     deadline = time.monotonic() + 120
     while not (journal.exists() and journal.read_text().count('"op_code":6') > 4):
@@ -194,9 +185,9 @@ def test_a_killed_kernel_fails_the_run_and_the_next_training_resumes(tmp_path):
     assert process.returncode == 1 and time.monotonic() - killed < 60, err
     assert {r.info.status for r in runs_of(root)} == {"FAILED"}
     before = finished_trials(journal)
-    assert 0 < before < 40
-    command(root, "train", "--trials", "40", "--models", "RandomForest")
-    assert finished_trials(journal) == 40, "the study went on where it stopped"
+    assert 0 < before < 16
+    command(root, "train", "--trials", "16", "--models", "RandomForest")
+    assert finished_trials(journal) == 16, "the study went on where it stopped"
 
 
 def finished_trials(journal):
