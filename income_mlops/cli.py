@@ -6,7 +6,7 @@
 __all__ = ['USAGE', 'UNUSABLE', 'INTERRUPTED', 'CLEAN', 'WARNINGS', 'ERRORS', 'Commands', 'main', 'up', 'serve', 'train',
            'analyze', 'models', 'promote', 'predict', 'settings']
 
-# %% ../nbs/50_cli.ipynb #e101f7a8
+# %% ../nbs/50_cli.ipynb #a3da9f87
 import json
 import os
 import sys
@@ -15,7 +15,7 @@ from typing import Any, NoReturn
 
 import click
 
-from . import cli_dashboard, cli_data, cli_jobs
+from . import cli_dashboard, cli_data, cli_jobs, cli_state
 from .cli_runs import diff, replay
 from .console import project as _settings, quiet as _quiet
 
@@ -284,9 +284,11 @@ def predict(file: Path, out: Path | None, keep: bool, chunk_rows: int) -> None:
     if out:
         click.echo(f"{rows:,} rows → {out}", err=True)
 
-# %% ../nbs/50_cli.ipynb #8318105d
+# %% ../nbs/50_cli.ipynb #393b2005
 main.add_command(cli_jobs.jobs)
 main.add_command(cli_jobs.worker)
+main.add_command(cli_state.backup)
+main.add_command(cli_state.restore)
 main.add_command(cli_dashboard.dashboard)
 
 # %% ../nbs/50_cli.ipynb #1cb919c9

@@ -14,7 +14,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
-# %% ../nbs/00_settings.ipynb #3dee5a55
+# %% ../nbs/00_settings.ipynb #c99d4bc3
 class Section(BaseModel):
     "A part of the settings: unknown keys are errors, values never change."
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -32,6 +32,7 @@ Port = Annotated[int, Field(ge=1, le=65535)]
 Share = Annotated[float, Field(ge=0, le=1)]
 Seconds = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Count = Annotated[int, Field(ge=1)]
+_PREFIX = r"^(/[A-Za-z0-9._~-]+)*$"
 
 # %% ../nbs/00_settings.ipynb #d739205e
 class Paths(Section):
@@ -164,7 +165,7 @@ class Drift(Section):
     domain_rows: Annotated[int, Field(ge=100)] = 5_000
     "Rows of either table that this model sees at most."
 
-# %% ../nbs/00_settings.ipynb #bb51dec2
+# %% ../nbs/00_settings.ipynb #d3168dda
 class Service(Section):
     host: str = "127.0.0.1"
 
@@ -174,6 +175,14 @@ class MLflow(Service):
     "Empty: SQLite under the state folder, no server."
     experiment_name: str = Field(default="income-mlops", min_length=1)
     port: Port = 5000
+    static_prefix: Annotated[str, Field(pattern=_PREFIX)] = ""
+    "Path of its pages and routes behind a gateway, such as `/mlflow`."
+    allowed_hosts: Words = ("127.0.0.1", "localhost")
+    "Names the server may be called by, with any port; pages of these names may write. Not the clients' business."
+    serve_artifacts: bool = False
+    "Hand out new experiments' artifacts over HTTP, for clients on other machines, instead of as files of this one."
+    authentication: bool = False
+    "Ask for a name and a password (MLflow's `basic-auth`); the first ones come from `MLFLOW_AUTH_ADMIN_…`."
 
 
 class Serving(Service):
@@ -194,6 +203,8 @@ class Serving(Service):
     "Empty: generated into the state folder on first start."
     allowed_hosts: Words = ("127.0.0.1", "localhost", "[::1]")
     "Names this service may be called by, with a port or for any port; `*` for all."
+    root_path: Annotated[str, Field(pattern=_PREFIX)] = ""
+    "Path that a gateway takes off before it passes a request on, such as `/api`: addresses in answers begin with it."
 
 
 class Uploads(Section):
