@@ -41,5 +41,5 @@ def effective(
 
 
 def _without_password(value: Any) -> Any:
-    "An address may hold one: `postgresql://user:password@host`."
+    "An address may hold one, between the user's name and the host."
     return re.sub(r"(://[^:/@]*):[^@/]*@", r"\1:********@", value) if isinstance(value, str) else value
