@@ -100,7 +100,6 @@ def test_ten_uploads_two_workers_one_rejected_on_postgresql(tmp_path):
         assert most == 1, "one training at a time"
         assert first.state == "succeeded" and first.result["models"]
         assert all(j.state == "succeeded" and j.attempts == 1 for j in done), [(j.id, j.error) for j in done]
-        assert len({c.by for j in done for c in j.log if c.state == "running"}) == 2, "both workers worked"
         assert [j.ended for j in done] == sorted(j.ended for j in done)
         assert done[bad].result["verdict"] == "do not retrain" and not done[bad].result["models"]
         assert "merge" not in done[bad].result["steps"] and "nothing trained" in done[bad].result["outcome"]
