@@ -100,7 +100,8 @@ def small_project(folder: Path, rows: int = 3000) -> Path:
 class System:
     "MLflow, the API, the dashboard and the book, each on a port of its own, and the gateway before them."
 
-    def __init__(self, folder: Path, book: Path | None = None):
+    def __init__(self, folder: Path, book: Path | None = None, store: str = "", **env: str):
+        "`store`: MLflow's database; `env`: for every service beside what they all need."
         self.folder = small_project(folder / "project")
         ports = {name: free_port() for name in ("MLFLOW", "API", "FRONTEND", "DOCS")}
         self.gateway = Gateway(self.folder, **{name: f"127.0.0.1:{port}" for name, port in ports.items()},
@@ -113,20 +114,20 @@ class System:
             "DYNACONF_DASHBOARD__BASE_URL": "/frontend/", "DYNACONF_DASHBOARD__MLFLOW_URL": f"{self.url}/mlflow",
             "DYNACONF_BACKEND_URL": f"{self.url}/api", "DYNACONF_SERVING__FOLLOW_EVERY": "0.3",
             # everybody but the server itself finds it through the gateway
-            "DYNACONF_MLFLOW__TRACKING_URI": f"{self.url}/mlflow", "NO_PROXY": "127.0.0.1,localhost"}
+            "DYNACONF_MLFLOW__TRACKING_URI": f"{self.url}/mlflow", "NO_PROXY": "127.0.0.1,localhost", **env}
         self.programs = [self.gateway]
-        self.mlflow = self._start("mlflow", ["-m", "income_mlops.mlserver"], DYNACONF_MLFLOW__TRACKING_URI="")
-        self.api = self._start("api", ["-m", "income_mlops.cli", "serve", "--no-worker"])
+        self.mlflow = self.start("mlflow", ["-m", "income_mlops.mlserver"], DYNACONF_MLFLOW__TRACKING_URI=store)
+        self.api = self.start("api", ["-m", "income_mlops.cli", "serve", "--no-worker"])
         if book:
-            self._start("book", ["-m", "http.server", str(ports["DOCS"]), "--bind", "127.0.0.1", "--directory",
+            self.start("book", ["-m", "http.server", str(ports["DOCS"]), "--bind", "127.0.0.1", "--directory",
                                  str(book)])
-        self.dashboard = self._start("dashboard", [
+        self.dashboard = self.start("dashboard", [
             "-c", "from income_mlops.dashboard import serve; from income_mlops.settings import load_settings; "
                   "serve(load_settings())"])
         self.mlflow.wait(f"{self.url}/mlflow/health", 180)
         self.api.wait(f"{self.url}/api/health")
 
-    def _start(self, name: str, words: list[str], **env: str) -> Program:
+    def start(self, name: str, words: list[str], **env: str) -> Program:
         self.programs.append(Program(name, [sys.executable, *words], self.folder, **{**self.env, **env}))
         return self.programs[-1]
 

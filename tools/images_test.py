@@ -315,8 +315,7 @@ def use(stack: Stack, api: httpx.Client, key: str) -> None:
     start = time.monotonic()
     answer = api.post("/upload_data", files=new, headers={"X-API-Key": key})
     assert answer.status_code == 202, answer.text
-    job = answer.json()["job"]
-    job = job["id"] if isinstance(job, dict) else job
+    job = answer.json()["job_id"]
     over = ("succeeded", "failed", "cancelled")
     done = stack.wait(lambda: (j := api.get(f"/jobs/{job}").json())["state"] in over and j, 400, "the job ends")
     assert done["state"] == "succeeded" and done["result"]["models"], done
