@@ -5,17 +5,22 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 import urllib.request
 from contextlib import suppress
 from pathlib import Path
 
+import httpx
 import psutil
 import pytest
 from cli_helpers import income_mlops, register_small_model
 from helpers import wait_for
+from intake_helpers import check_queue, check_uploads, fresh
 
+from income_mlops.jobs import Queue
 from income_mlops.processes import Service, ServiceError, Supervisor, check_ports
+from income_mlops.settings import load_settings
 from income_mlops.supervisor import services
 
 STOP = 15  # seconds in which everything must be gone
@@ -292,7 +297,90 @@ def test_end_while_starting_leaves_nothing(trained, free_port):
         up.end()
 
 
+class Load:
+    "People who predict and upload without a pause, until the API is gone; what it has acknowledged."
+
+    def __init__(self, url: str, key: str, row: dict, round_: int):
+        self.url, self.headers, self.row, self.round = url, {"X-API-Key": key}, row, round_
+        self.predicted, self.acknowledged, self.wrong, self.over = 0, [], [], threading.Event()
+        self.threads = [threading.Thread(target=self.run, args=(act, n)) for n, act in
+                        enumerate((self.predict, self.predict, self.upload, self.upload))]
+        for thread in self.threads:
+            thread.start()
+
+    def run(self, act, n: int) -> None:
+        with httpx.Client(base_url=self.url, timeout=30, headers=self.headers) as http:
+            i = 0
+            while not self.over.is_set():
+                try:
+                    answer = act(http, 100_000 * self.round + 10_000 * n + i)
+                except httpx.TransportError:  # refused, or cut off: not acknowledged
+                    time.sleep(0.01)
+                    continue
+                i += 1
+                if answer.status_code not in (200, 202, 503):  # 503: it is about to end
+                    self.wrong.append((answer.status_code, answer.text[:300]))
+
+    def predict(self, http: httpx.Client, _: int) -> httpx.Response:
+        answer = http.post("/predict", json={"data": self.row})
+        self.predicted += answer.status_code == 200
+        return answer
+
+    def upload(self, http: httpx.Client, seed: int) -> httpx.Response:
+        answer = http.post("/upload_data", files={"file": (f"{seed}.csv", fresh(seed, 50))})
+        if answer.status_code == 202:
+            told = answer.json()
+            self.acknowledged.append((told["upload"], told["job_id"]))
+            time.sleep(0.05)
+        return answer
+
+    def end(self) -> None:
+        self.over.set()
+        for thread in self.threads:
+            thread.join(60)
+
+
+@pytest.mark.full
+def test_stopped_and_started_under_load_loses_nothing_acknowledged(trained, free_port):
+    "Twice, while a job runs: everything ends in time, and the next start has every upload and its job."
+    settings = load_settings(trained / "settings.ini")
+    table = (trained / "data/adult.test.csv").read_text().splitlines()
+    names, first = ([v.strip() for v in table[i].split(",")] for i in (0, 1))
+    row = {k: float(v) if v.isdigit() else v for k, v in zip(names, first, strict=True) if k != "income"}
+    acknowledged, took = [], []
+    for round_ in range(3):
+        up, load = Up(trained, free_port(), free_port(), free_port()), None
+        try:
+            up.ready(120)
+            check_queue(settings)
+            assert check_uploads(settings) >= {upload for upload, _ in acknowledged}
+            jobs = {j.id: j for j in Queue(settings).list(limit=100_000)}
+            lost = [(u, j) for u, j in acknowledged if j not in jobs or jobs[j].upload != u]
+            assert not lost and not [j.error for j in jobs.values() if j.state == "failed"]
+            url = up.urls["the API"]
+            for upload, job in acknowledged[:5]:
+                assert get(f"{url}/uploads/{upload}")["id"] == upload and get(f"{url}/jobs/{job}")["id"] == job
+            if round_ < 2:
+                load = Load(url, (settings.state / "api_key").read_text().strip(), row, round_)
+                wait_for(lambda load=load: len(load.acknowledged) > 20 and load.predicted > 200, 60, "load")
+                wait_for(lambda url=url: [j for j in get(f"{url}/jobs?state=running") if j["cell"] > 2], 60, "a job")
+            up.pids = family(up.process.pid)
+            start = time.monotonic()
+            up.process.terminate()
+            assert up.process.wait(STOP) == 0, up.out.read_text()
+            assert ended(up.pids, start, STOP)
+            took.append(time.monotonic() - start)
+            if load:
+                load.end()
+                assert not load.wrong, load.wrong[:3]
+                acknowledged += load.acknowledged
+        finally:
+            if load:
+                load.end()
+            up.end()
+    print(f"{len(acknowledged)} uploads acknowledged; stopped in {', '.join(f'{t:.1f}' for t in took)} s")
+
+
 def test_tracking_server_of_somebody_else_is_used(project):
-    from income_mlops.settings import load_settings
     settings = load_settings(project(('tracking_uri = ""', "tracking_uri = http://ml.example:5000")) / "settings.ini")
     assert [s.name for s in services(settings)] == ["the API", "the dashboard"]
