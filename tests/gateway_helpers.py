@@ -7,6 +7,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 import urllib.request
 from collections.abc import Iterator
@@ -73,9 +74,11 @@ class Gateway(Program):
     def __init__(self, folder: Path, name: str = "gateway", **env: object):
         self.port = free_port()
         self.url = f"http://127.0.0.1:{self.port}"
+        self.run = Path(tempfile.mkdtemp(prefix="gateway"))
+        self.run.chmod(0o711)  # started by root, it works as nobody, who keeps large answers there
         away = {n: f"127.0.0.1:{free_port()}" for n in ("API", "FRONTEND", "MLFLOW", "DOCS")}
         super().__init__(name, [str(START)], folder, **{
-            **away, "LISTEN": f"127.0.0.1:{self.port}", "RUN": str(folder / name), "WORKERS": "1",
+            **away, "LISTEN": f"127.0.0.1:{self.port}", "RUN": str(self.run), "WORKERS": "1",
             **{k: str(v) for k, v in env.items()}})
         self.wait(self.url + "/health", 10)
 
@@ -84,7 +87,9 @@ class Gateway(Program):
         return [json.loads(line) for line in self.log.read_text().splitlines() if line.startswith("{")]
 
     def stop(self, how: int = signal.SIGQUIT, seconds: float = 15) -> float:
-        return super().stop(how, seconds)
+        took = super().stop(how, seconds)
+        shutil.rmtree(self.run, ignore_errors=True)
+        return took
 
 
 def small_project(folder: Path, rows: int = 3000) -> Path:
