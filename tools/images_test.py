@@ -127,7 +127,9 @@ class Podman:
 
     def clear(self) -> None:
         "Ends what an earlier or this run has started; images stay."
-        self.try_("rm", "-f", "-a", "-t", "0")
+        for _ in range(5):  # one that another one needs goes after that one
+            if self.try_("rm", "-f", "-a", "-t", "0").returncode == 0:
+                break
         self.try_("volume", "rm", "-a", "-f")
         self.try_("network", "prune", "-f")
 
