@@ -119,6 +119,7 @@ with mlflow.start_run():
 """
 
 
+@pytest.mark.full
 def test_what_was_altered_since_is_what_a_replay_shows(settings, trainings, cli, tmp_path):
     "First the rows of the dataset version, then the kept notebook; each time the metric that it changes."
     version = read(settings, trainings[0]).data["version"]
