@@ -42,7 +42,7 @@ test-all: setup check  ## The same with faults, load, stores and containers
 	@$(call run-tests,full or not full)
 
 bench: .venv/.stamp-bench  ## Run the benchmarks one after another
-	@for file in benchmarks/[a-z]*.py; do echo "── $$file"; python "$$file"; done
+	@status=0; for file in benchmarks/[a-z]*.py; do echo "── $$file"; python "$$file" || status=1; done; exit $$status
 
 setup: .venv/.stamp  ## Create the environment in .venv from uv.lock
 

@@ -23,7 +23,7 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -93,7 +93,8 @@ def running(command: list[str], port: int, path: str, body: bytes, **env: str) -
             time.sleep(0.005)
         yield process, time.perf_counter() - start
     finally:
-        os.killpg(process.pid, 15)
+        with suppress(ProcessLookupError):  # it may have ended by itself
+            os.killpg(process.pid, 15)
         process.wait(20)
 
 
@@ -149,6 +150,13 @@ def memory(process: Server) -> float:
     return sum(p.memory_info().rss for p in [parent, *parent.children(recursive=True)]) / 2**20
 
 
+def processor_seconds(process: Server) -> float:
+    "That a server has used so far."
+    import psutil
+    times = psutil.Process(process.pid).cpu_times()
+    return float(times.user + times.system)
+
+
 def median(values: list[float]) -> float:
     return statistics.median(values)
 
@@ -170,23 +178,42 @@ def single_rows(ports: dict[str, tuple[int, str, bytes]], rounds: int, seconds: 
         print(f"{name:36}{m['rps']:12,.0f}{m['p50']:9.2f}{m['p99']:9.2f}{m['rps'] / base:12.2f}{times}")
 
 
-def batches(ports: dict[str, int], pipelines: dict[str, Any], dataset: Any, rounds: int, seconds: float) -> None:
+def show_memory(processes: dict[str, Server]) -> None:
+    "After the same load: one worker each."
+    used = {name: memory(process) for name, process in processes.items()}
+    print("\nMemory of one worker after that, MB:")
+    for name, mb in used.items():
+        other = used.get(f"mlflow models serve {name.split()[-1]}") if name.startswith("/") else None
+        print(f"{name:36}{mb:8.0f}" + (f"   {other / mb:.1f} × less than mlflow models serve" if other else ""))
+
+
+def batches(ports: dict[str, int], servers: dict[str, Server], pipelines: dict[str, Any], dataset: Any, rounds: int,
+            seconds: float) -> None:
     rows = requests(dataset, 8000)
     bodies = [json.dumps({"data": rows[i:i + 1000]}).encode() for i in range(0, 8000, 1000)]
     frame = to_frame(dataset.holdout, dataset.schema)
-    print(f"\n2. Rows per second, 1,000 rows a request, 4 connections, median of {rounds} rounds")
-    print(f"{'':16}{'over HTTP':>12}{'pipeline in process':>22}{'ratio':>8}")
+    print(f"\n2. Rows per second, 1,000 rows a request, 4 connections, one worker, median of {rounds} rounds, against "
+          f"the pipeline\n   as registered (n_jobs = {pipelines[FAMILIES[1]][-1].n_jobs}) and called with frames of "
+          "1,000 rows; in brackets processor time, ms for 1,000 rows")
+    print(f"{'':16}{'over HTTP':>22}{'pipeline in process':>22}{'ratio':>8}{'by processor time':>20}")
     for family, port in ports.items():
-        ours, theirs = [], []
+        ours, theirs, own, their = [], [], [], []
         for r in range(rounds):
+            before = processor_seconds(servers[family])
+            start = time.perf_counter()
             ours.append(rows_per_second(port, bodies, seconds))
-            start, n = time.perf_counter(), 0
+            rows_done = ours[-1] * (time.perf_counter() - start)
+            own.append(1e6 * (processor_seconds(servers[family]) - before) / rows_done)
+            start, used, n = time.perf_counter(), time.process_time(), 0
             while time.perf_counter() - start < seconds:
                 at = 1000 * ((n + r) % 8)
                 pipelines[family].predict_proba(frame.iloc[at:at + 1000])
                 n += 1
             theirs.append(n * 1000 / (time.perf_counter() - start))
-        print(f"{family:16}{median(ours):12,.0f}{median(theirs):22,.0f}{median(ours) / median(theirs):8.2f}")
+            their.append(1e3 * (time.process_time() - used) / n)
+        print(f"{family:16}{f'{median(ours):,.0f} ({median(own):.1f})':>22}"
+              f"{f'{median(theirs):,.0f} ({median(their):.1f})':>22}{median(ours) / median(theirs):8.2f}"
+              f"{median(their) / median(own):20.2f}", flush=True)
 
 
 def starts(settings: dict[str, Any], body: bytes, rounds: int) -> None:
@@ -264,7 +291,6 @@ def measure(folder: Path, settings: Any, given: Any) -> None:
     (folder / "schema.json").write_text(dataset.schema.model_dump_json())
     # one project per family, so that both are served at once; their registry is a copy
     projects = {f: project(folder / f, follow_alias="false") for f in FAMILIES}
-    from contextlib import ExitStack
     with ExitStack() as stack:
         ports: dict[str, tuple[int, str, bytes]] = {}
         processes: dict[str, Any] = {}
@@ -293,8 +319,9 @@ def measure(folder: Path, settings: Any, given: Any) -> None:
             serve(f"mlflow models serve {family}", command, port, "/invocations", theirs,
                   MLFLOW_TRACKING_URI=settings.tracking_uri)
         single_rows(ports, given.rounds, given.seconds, folder)
-        print("\nMemory (MB) after that: " + ", ".join(f"{n} {memory(p):.0f}" for n, p in processes.items()))
-        batches({f: ports[f"/predict {f}"][0] for f in FAMILIES}, pipelines, dataset, given.rounds, given.seconds)
+        show_memory(processes)
+        batches({f: ports[f"/predict {f}"][0] for f in FAMILIES}, {f: processes[f"/predict {f}"] for f in FAMILIES},
+                pipelines, dataset, given.rounds, given.seconds)
         swaps(settings, ports["/predict XGBoost"][0], keys["XGBoost"], dataset, pipelines, 200)
     starts(projects, one, 5)
 

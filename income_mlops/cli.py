@@ -261,7 +261,7 @@ def promote(family: str, version: str, alias: str) -> None:
     done = move(_settings(), family, version, alias)
     click.echo(f"{done.name} version {done.version} is {', '.join(done.aliases)}")
 
-# %% ../nbs/50_cli.ipynb #4872b14e
+# %% ../nbs/50_cli.ipynb #fb37457d
 @main.command()
 @click.argument("file", type=click.Path(path_type=Path))
 @click.option("--out", type=click.Path(path_type=Path), metavar="FILE",
@@ -272,8 +272,8 @@ def promote(family: str, version: str, alias: str) -> None:
 def predict(file: Path, out: Path | None, keep: bool, chunk_rows: int) -> None:
     """Predict every row of a file.
 
-    FILE is CSV or Parquet; the model is the one the API serves. Writes a line `prediction,probability` a row, in the
-    order of the input.
+    FILE is CSV or Parquet; the model is the one the API serves, or would serve, and is named at the end. Writes a
+    line `prediction,probability` a row, in the order of the input.
 
     \b
     Examples:
@@ -288,7 +288,8 @@ def predict(file: Path, out: Path | None, keep: bool, chunk_rows: int) -> None:
     columns = (SpinnerColumn(), TextColumn("{task.completed:,} rows"), TimeElapsedColumn())
     with Progress(*columns, console=Console(stderr=True), transient=True, disable=not sys.stderr.isatty()) as bar:
         task = bar.add_task("rows", total=None)
-        rows = predict_file(_settings(), file, out, keep, chunk_rows, lambda n: bar.advance(task, n))
+        rows = predict_file(_settings(), file, out, keep, chunk_rows, lambda n: bar.advance(task, n),
+                            lambda model: click.echo(f"model: {model}", err=True))
     if out:
         click.echo(f"{rows:,} rows → {out}", err=True)
 

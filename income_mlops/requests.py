@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Columns', 'BadRequest', 'RequestModel', 'explain', 'typical_row', 'body_schema']
 
-# %% ../nbs/41_requests.ipynb #308daa4c
+# %% ../nbs/41_requests.ipynb #46a6eedf
 import difflib
 import json
 from collections.abc import Sequence
@@ -13,7 +13,7 @@ from typing import Any
 
 import msgspec
 
-from .data import MAX_CATEGORIES, Column, Schema
+from .schema import MAX_CATEGORIES, Column, Schema
 
 # %% ../nbs/41_requests.ipynb #946ff66e
 class BadRequest(ValueError):

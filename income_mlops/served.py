@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Engine', 'NotServable', 'PipelineEngine', 'Served', 'load_served', 'load_engine', 'Asked', 'Record', 'Store']
 
-# %% ../nbs/43_served.ipynb #47b081fe
+# %% ../nbs/43_served.ipynb #fabe7d5b
 import json
 import os
 import shutil
@@ -20,7 +20,7 @@ import numpy as np
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from . import registry
-from .data import Schema
+from .schema import Schema
 from .predictor import Predictor, PredictorError
 from .promotion import Choice
 from .registry import Version
@@ -139,7 +139,7 @@ def load_engine(
         raise NotServable(f"{why}; serving.allow_pipeline = true serves its pipeline, which means unpickling it")
     return PipelineEngine(registry.load_pipeline(folder / "model"), schema, why)
 
-# %% ../nbs/43_served.ipynb #89ed030c
+# %% ../nbs/43_served.ipynb #b5ff531a
 class Asked(BaseModel):
     "What somebody asked to be served, by hand."
     model_config = ConfigDict(frozen=True)
@@ -156,13 +156,18 @@ class Record(BaseModel):
     since: datetime
     asked: Asked | None = None
     by: str | None = None
+    seen: dict[str, dict[str, int]] | None = None
+    "The registry's aliases when it was chosen, where that was noted."
 
 
 class Store:
     "The last served models on disk."
 
-    def __init__(self, settings: Settings):
-        self.settings, self.root = settings, settings.state / "served"
+    def __init__(self,
+        settings: Settings,
+        root: Path | None = None,  # default: `served` in the state folder
+    ):
+        self.settings, self.root = settings, root or settings.state / "served"
 
     def folder(self, version: Version) -> Path:
         return self.root / f"{version.name}-{version.version}-{version.run_id[:8]}"

@@ -20,7 +20,7 @@ def exported(notebook):
 
 
 def module_of(notebook):
-    return re.sub(r"^\d+_", "", notebook.stem)
+    return re.sub(r"^\d+[a-z]?_", "", notebook.stem)
 
 
 @pytest.mark.parametrize("notebook", NOTEBOOKS, ids=lambda n: n.stem)

@@ -13,7 +13,8 @@ import pytest
 from serving_helpers import Api, MlflowServer, Rows, copy_store, make_settings, train, wait_for
 from starlette.testclient import TestClient
 
-from income_mlops import promotion
+from income_mlops import promotion, registry
+from income_mlops.chosen import chosen, glance
 from income_mlops.data import Column, Schema
 from income_mlops.requests import BadRequest, RequestModel, body_schema, typical_row
 from income_mlops.serving import ServingError, create_app, serve
@@ -542,8 +543,8 @@ def test_every_answer_during_swaps_is_one_models(app, rows, expected):
 
 
 def test_starting_imports_nothing_heavy():
-    code = "import sys, income_mlops.serving; " \
-           "print([m for m in ('mlflow', 'pandas', 'sklearn', 'xgboost', 'matplotlib', 'scipy') if m in sys.modules])"
+    code = "import sys, income_mlops.serving; heavy = ('mlflow', 'pandas', 'polars', 'sklearn', 'xgboost', 'scipy'); " \
+           "print([m for m in (*heavy, 'matplotlib') if m in sys.modules])"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.strip() == "[]"
 
 
@@ -570,7 +571,12 @@ def test_its_life_with_a_real_mlflow_server(life, rows, expected):
     assert time.monotonic() - begin < 5
     first = pytest.approx(expected["XGBoost", 2][:9], abs=1e-12)
     assert api.predict(rows.requests[:9]).json()["probability"] == first
+    seen = glance(settings)
+    assert seen and seen.aliases == registry.aliases(settings)
+    assert {seen.run_of(v.name, v.version) == v.run_id for v in registry.versions(settings)} == {True}
+    assert chosen(settings).choice.version.version == 2
     mlflow.stop()
+    assert glance(settings) is None
     wait_for(lambda: api.get("/health")["mlflow"]["reachable"] is False, 40, "MLflow's absence to be seen")
     assert api.predict(rows.requests[:9]).json()["probability"] == first
     assert api.get("/model_info")["aliases"] == ["newest", "production"]

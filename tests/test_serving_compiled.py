@@ -2,6 +2,9 @@
 import http.client
 import json
 import socket
+import sqlite3
+import subprocess
+import sys
 import tempfile
 import threading
 import time
@@ -11,15 +14,18 @@ from typing import Any
 import httpx
 import numpy as np
 import pytest
-from serving_helpers import Api, make_settings, wait_for
+from serving_helpers import Api, copy_store, make_settings, wait_for
+from starlette.testclient import TestClient
 
-from income_mlops import registry
+from income_mlops import promotion, registry
 from income_mlops.batch import predict_file
+from income_mlops.chosen import chosen, glance
 from income_mlops.datasets import original
 from income_mlops.gate import store_compiled
 from income_mlops.models import ModelFactory, RandomForest, XGBoost
 from income_mlops.processing import to_frame, to_labels
 from income_mlops.served import Store
+from income_mlops.serving import create_app
 from income_mlops.settings import Settings
 
 TOLERANCE = 1e-6
@@ -176,6 +182,110 @@ def test_a_file_is_predicted_with_the_compiled_form(project: Project, tmp_path: 
     expected = project.expected["adult-income.XGBoost"]
     assert np.abs(found["probability"].to_numpy() - expected).max() < TOLERANCE
     assert found["prediction"].to_list() == [">50K" if p >= 0.5 else "<=50K" for p in expected]
+
+
+# --- the model of a command
+
+
+@pytest.fixture
+def store(project: Project, tmp_path: Path) -> Settings:
+    "A project of its own with the same registry, whose models nobody has used yet."
+    return copy_store(project.settings, tmp_path / "own", allow_pipeline="false")
+
+
+def predicted(settings: Settings, project: Project) -> tuple[str, bool, np.ndarray]:
+    "What a process of its own says of its model, whether it imported MLflow, and its probabilities."
+    import polars as pl
+    pl.DataFrame(project.rows).write_parquet(settings.root / "t.parquet")
+    code = ("import sys; from pathlib import Path; from income_mlops.batch import predict_file; "
+            "from income_mlops.settings import load_settings; p = Path(sys.argv[1]); "
+            "predict_file(load_settings(p / 'settings.ini'), p / 't.parquet', p / 'out.parquet', say=print); "
+            "print('mlflow' in sys.modules)")
+    done = subprocess.run([sys.executable, "-c", code, str(settings.root)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    said, imported = done.stdout.splitlines()[-2:]
+    return said, imported == "True", pl.read_parquet(settings.root / "out.parquet")["probability"].to_numpy()
+
+
+def test_a_command_waits_for_mlflow_only_when_something_has_changed(project: Project, store: Settings) -> None:
+    first, again = predicted(store, project), predicted(store, project)
+    assert first[0] == again[0] == "adult-income.XGBoost version 1 (nobody has set production)"
+    assert (first[1], again[1]) == (True, False)
+    for _, _, p in (first, again):
+        assert np.abs(p - project.expected["adult-income.XGBoost"]).max() < TOLERANCE
+    promotion.promote(store, "RandomForest", 1, "Production")
+    for wanted in (True, False):
+        said, imported, p = predicted(store, project)
+        assert (said, imported) == ("adult-income.RandomForest version 1 (production)", wanted)
+        assert np.abs(p - project.expected["adult-income.RandomForest"]).max() < TOLERANCE
+    promotion.withdraw(store, "RandomForest", "production")
+    assert str(chosen(store)) == first[0]
+
+
+def test_a_command_uses_what_the_api_serves(project: Project, store: Settings) -> None:
+    with TestClient(create_app(store), base_url="http://localhost") as client:
+        wait_for(lambda: client.get("/health").json()["ready"], what="a model")
+        headers = {"X-API-Key": client.app.state.api_key}  # type: ignore[attr-defined]
+        asked = {"alias": "newest", "model": "RandomForest"}
+        assert client.post("/set_model", json=asked, headers=headers).status_code == 200
+    said, imported, p = predicted(store, project)
+    assert said == "adult-income.RandomForest version 1 (newest, set by hand in the API)" and not imported
+    assert np.abs(p - project.expected["adult-income.RandomForest"]).max() < TOLERANCE
+    assert not (store.state / "predicted").exists()
+    serving = store.serving.model_copy(update={"alias": "staging"})  # changing the setting overrules the hand
+    assert str(chosen(store.model_copy(update={"serving": serving}))).startswith("adult-income.XGBoost version 1")
+
+
+def test_a_copy_of_another_registry_or_a_damaged_one_is_not_used(project: Project, store: Settings) -> None:
+    assert chosen(store).choice.version.family == "XGBoost"
+    copies = Store(store, store.state / "predicted")
+    model = copies.folder(chosen(store).choice.version) / "serving" / "predictor" / "model.onnx"
+    whole = model.read_bytes()
+    model.write_bytes(whole[:-9])
+    assert chosen(store).choice.version.family == "XGBoost" and model.read_bytes() == whole
+    with sqlite3.connect(store.state / "mlflow.db") as db:  # a version of the same name and number from another run
+        db.execute("UPDATE model_versions SET run_id = (SELECT run_id FROM model_versions WHERE name LIKE '%Forest')")
+    now = chosen(store).engine.predict({c: [r[c] for r in project.rows] for c in project.schema.names()})
+    assert np.abs(now - project.expected["adult-income.RandomForest"]).max() < TOLERANCE
+
+
+def test_a_glance_sees_what_mlflow_sees_or_nothing(project: Project, store: Settings) -> None:
+    promotion.promote(store, "XGBoost", 1, "staging")
+    seen = glance(store)
+    assert seen and seen.aliases == registry.aliases(store)
+    for v in registry.versions(store):
+        assert seen.run_of(v.name, v.version) == v.run_id
+    assert seen.run_of("adult-income.XGBoost", 7) is None
+    with registry.asking(store) as client:
+        client.delete_model_version("adult-income.XGBoost", "1")
+    assert (gone := glance(store)) and gone.run_of("adult-income.XGBoost", 1) is None
+    assert gone.aliases == registry.aliases(store)
+    (store.state / "mlflow.db").write_text("no database" * 100)
+    assert glance(store) is None
+    (store.state / "mlflow.db").unlink()
+    assert glance(store) is None and not (store.state / "mlflow.db").exists()
+    with pytest.raises(registry.NoModel):
+        chosen(store)
+
+
+def test_of_several_errors_the_first_in_the_file_is_told(project: Project, tmp_path: Path) -> None:
+    "Chunks are read and predicted ahead; what is wrong later in the file does not hide what comes first."
+    import polars as pl
+
+    from income_mlops.batch import predictions, table_model
+    from income_mlops.data import DataError
+    model = table_model(chosen(project.settings).engine, project.schema)
+    pl.DataFrame(project.rows[:1000]).write_csv(tmp_path / "t.csv")
+    lines = (tmp_path / "t.csv").read_text().splitlines()
+    age = lines[0].split(",").index("age")
+    for line in (151, 420):  # a word for a number; and the file ends in a line of one field
+        fields = lines[line - 1].split(",")
+        lines[line - 1] = ",".join([*fields[:age], "old", *fields[age + 1:]])
+    (tmp_path / "t.csv").write_text("\n".join([*lines[:250], "x", *lines[250:]]) + "\n")
+    parts = predictions(tmp_path / "t.csv", model, project.schema, chunk_rows=100)
+    assert next(parts).height == 100
+    with pytest.raises(DataError, match="line 151: "):
+        list(parts)
 
 
 def test_files_with_quotes_line_ends_and_gaps_are_read_alike(project: Project, tmp_path: Path) -> None:

@@ -154,7 +154,7 @@ def small(root):
 def test_two_trainings_give_identical_metrics(tmp_path):
     root = small(set_up(tmp_path))
     for threads in ("1", "2"):
-        command(root, "train", "--trials", "5", env={"DYNACONF_OPTIMIZATION__THREADS": threads})
+        command(root, "train", "--trials", "3", env={"DYNACONF_OPTIMIZATION__THREADS": threads})
     # all but the one that is a time
     first, second = ({r.data.tags["family"]: {k: v for k, v in r.data.metrics.items() if k != "predictor_row_us"}
                       for r in runs_of(root) if r.data.tags.get("mlflow.parentRunId") == p.info.run_id}
@@ -181,7 +181,7 @@ def test_a_family_of_ones_own(tmp_path):
 def test_a_killed_kernel_fails_the_run_and_the_next_training_resumes(tmp_path):
     root = small(set_up(tmp_path))
     journal = root / "var" / "studies" / "studies.journal"
-    args = [sys.executable, "-m", "income_mlops.cli", "train", "--trials", "40", "--models", "RandomForest"]
+    args = [sys.executable, "-m", "income_mlops.cli", "train", "--trials", "16", "--models", "RandomForest"]
     process = subprocess.Popen(args, cwd=root, stderr=subprocess.PIPE, text=True)
     deadline = time.monotonic() + 120
     while not (journal.exists() and journal.read_text().count('"op_code":6') > 4):
@@ -194,9 +194,9 @@ def test_a_killed_kernel_fails_the_run_and_the_next_training_resumes(tmp_path):
     assert process.returncode == 1 and time.monotonic() - killed < 60, err
     assert {r.info.status for r in runs_of(root)} == {"FAILED"}
     before = finished_trials(journal)
-    assert 0 < before < 40
-    command(root, "train", "--trials", "40", "--models", "RandomForest")
-    assert finished_trials(journal) == 40, "the study went on where it stopped"
+    assert 0 < before < 16
+    command(root, "train", "--trials", "16", "--models", "RandomForest")
+    assert finished_trials(journal) == 16, "the study went on where it stopped"
 
 
 def finished_trials(journal):
