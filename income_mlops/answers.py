@@ -134,7 +134,7 @@ async def _send(send: Send, status: int, body: bytes, headers: tuple[tuple[bytes
     await send({"type": "http.response.start", "status": status, "headers": lines})
     await send({"type": "http.response.body", "body": body})
 
-# %% ../nbs/45_answers.ipynb #7e87e8ef
+# %% ../nbs/45_answers.ipynb #93639cdf
 class Front:
     "ASGI middleware: checks and counts every request, answers predictions, hands on the rest."
 
@@ -187,7 +187,7 @@ class Front:
 
     async def _hand_on(self, scope: Scope, receive: Receive, send: Send) -> tuple[int, str]:
         status, size = 500, 0
-        upload = any(k == b"content-type" and v.startswith(b"multipart/") for k, v in scope["headers"])
+        upload = scope["path"].endswith("/upload_data")
 
         async def limited() -> Message:
             nonlocal size
@@ -203,7 +203,7 @@ class Front:
                 status = message["status"]
             await send(message)
 
-        # an upload has a limit of its own, and is not held in memory
+        # an upload has a limit of its own, which its route keeps, and is not held in memory
         await self.app(scope, receive if upload else limited, counted)
         # the route's pattern, not the address: names in addresses would make endless counters
         return status, getattr(scope.get("route"), "path", None) or "other"

@@ -6,7 +6,7 @@
 __all__ = ['USAGE', 'UNUSABLE', 'INTERRUPTED', 'CLEAN', 'WARNINGS', 'ERRORS', 'Commands', 'main', 'up', 'serve', 'train',
            'analyze', 'models', 'promote', 'predict', 'settings']
 
-# %% ../nbs/50_cli.ipynb #095b116a
+# %% ../nbs/50_cli.ipynb #d25b7f07
 import json
 import os
 import sys
@@ -14,6 +14,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import click
+
+from . import cli_data, cli_jobs
 
 if TYPE_CHECKING:
     from income_mlops.settings import Settings
@@ -102,13 +104,13 @@ def _quiet() -> None:
                         ("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")):
         os.environ.setdefault(name, value)
 
-# %% ../nbs/50_cli.ipynb #573c7ca2
+# %% ../nbs/50_cli.ipynb #c02680d6
 @main.command()
 def up() -> None:
     """Start everything; Ctrl-C stops it.
 
-    Starts MLflow, trains a first model if there is none, and starts the API. Prints the addresses and stays until
-    Ctrl-C, which stops every service. What they say is in the folder logs/ of the state folder (paths.state).
+    Starts MLflow, the API and a worker, which trains a first model if there is none. Prints the addresses and stays
+    until Ctrl-C, which stops every service. What they say is in the folder logs/ of the state folder (paths.state).
     """
     from income_mlops.supervisor import up as start
     start(_settings())
@@ -116,18 +118,26 @@ def up() -> None:
 
 @main.command()
 @click.option("--port", type=click.IntRange(1, 65535), help="Listen here instead of on serving.port.")
-def serve(port: int | None) -> None:
-    """Start the API alone.
+@click.option("--no-worker", is_flag=True, help="Leave the jobs to a worker that is started elsewhere.")
+def serve(port: int | None, no_worker: bool) -> None:
+    """Start the API and a worker.
+
+    The worker trains a first model if there is none; the API serves it as soon as it is there.
 
     \b
     Example:
       income-mlops serve --port 9000
       curl http://127.0.0.1:9000/health
     """
-    from income_mlops.serving import serve as start
-    start(_settings(), port=port)
+    from contextlib import nullcontext
 
-# %% ../nbs/50_cli.ipynb #44598032
+    from income_mlops.intake import part
+    from income_mlops.serving import serve as start
+    settings = _settings()
+    with nullcontext() if no_worker else cli_jobs.own_worker(settings):
+        start(settings, port=port, parts=[part])
+
+# %% ../nbs/50_cli.ipynb #9f0e3cfd
 @main.command()
 @click.option("--models", metavar="NAMES", help="Families, separated by commas, instead of the setting models.")
 @click.option("--trials", type=click.IntRange(1), help="Trials per family instead of optimization.n_trials.")
@@ -135,9 +145,8 @@ def serve(port: int | None) -> None:
               help="No new trial of a family after this time, instead of optimization.timeout.")
 @click.option("--seed", type=click.IntRange(0, 2**32 - 1), help="Instead of optimization.seed.")
 @click.option("--dataset", metavar="ID", help="A dataset version instead of the current one.")
-@click.option("--first", is_flag=True, help="Only if there is no model yet, with optimization.initial_n_trials.")
-def train(models: str | None, trials: int | None, timeout: float | None, seed: int | None, dataset: str | None,
-          first: bool) -> None:
+def train(models: str | None, trials: int | None, timeout: float | None, seed: int | None,
+          dataset: str | None) -> None:
     """Train the models and register them.
 
     Executes the training notebook as a run in MLflow.
@@ -153,11 +162,6 @@ def train(models: str | None, trials: int | None, timeout: float | None, seed: i
     if names == []:
         raise click.UsageError("--models names no model")
     from income_mlops.registry import versions
-    if first:
-        if known := versions(settings):
-            click.echo(f"there is one: {known[0].family} version {known[0].version}")
-            return
-        trials = trials or settings.optimization.initial_n_trials
     from income_mlops.pipelines import train as run
     done = run(settings, models=names or (), trials=trials, timeout=timeout, seed=seed, dataset=dataset or "")
     made = [f"{v.family} version {v.version}" for v in versions(settings) if v.training == done.run_id]
@@ -293,6 +297,10 @@ def predict(file: Path, out: Path | None, keep: bool, chunk_rows: int) -> None:
     if out:
         click.echo(f"{rows:,} rows → {out}", err=True)
 
+# %% ../nbs/50_cli.ipynb #bf2f23af
+main.add_command(cli_jobs.jobs)
+main.add_command(cli_jobs.worker)
+
 # %% ../nbs/50_cli.ipynb #abd84d4a
 @main.command()
 @click.option("--json", "as_json", is_flag=True, help="For programs.")
@@ -315,6 +323,10 @@ def settings(as_json: bool) -> None:
     keys, values = (max(len(r[i]) for r in shown) for i in (0, 1))
     for key, value, origin in shown:
         click.echo(f"{key:<{keys}} = {value:<{min(values, 40)}}  # {origin}")
+
+# %% ../nbs/50_cli.ipynb #b0d6b242
+main.add_command(cli_data.upload)
+main.add_command(cli_data.datasets)
 
 # %% ../nbs/50_cli.ipynb #3b39cd89
 if __name__ == "__main__" and "__file__" in globals():

@@ -75,7 +75,7 @@ class Dataset:
     def train_path(self) -> Path:
         return self.folder / "train.parquet"
 
-# %% ../nbs/02_datasets.ipynb #ddd35198
+# %% ../nbs/02_datasets.ipynb #5bc2d7d2
 def _store(settings: Settings) -> Path:
     return settings.state / "datasets" / re.sub(r"[^\w.-]", "_", settings.mlflow.experiment_name)
 
@@ -99,10 +99,21 @@ def _write(settings: Settings, train: pl.DataFrame, holdout: pl.DataFrame, schem
                                 original_holdout_rows=original_holdout_rows, train_digest=digests[0],
                                 holdout_digest=digests[1])
             (aside / "manifest.json").write_text(manifest.model_dump_json(indent=1))
+            for file in aside.iterdir():  # a version that is there is there after a power cut, too
+                _sync(file)
             _rename(aside, store / name)
+            _sync(store)
         finally:
             shutil.rmtree(aside, ignore_errors=True)
     return Dataset(store / name)
+
+
+def _sync(path: Path) -> None:
+    number = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(number)
+    finally:
+        os.close(number)
 
 
 def _rename(aside: Path, final: Path) -> None:
@@ -166,7 +177,7 @@ def versions(settings: Settings) -> list[Dataset]:
     kept = [Dataset(f.parent) for f in _store(settings).glob("[!.]*/manifest.json")]
     return sorted(kept, key=lambda d: (d.manifest.created, d.id))
 
-# %% ../nbs/02_datasets.ipynb #bea45714
+# %% ../nbs/02_datasets.ipynb #01de738a
 def merge(
     settings: Settings,
     new: pl.DataFrame,  # rows with the target; columns as in the schema, extra ones are dropped
@@ -193,4 +204,6 @@ def make_current(
     "Point at the version that the next training uses; also how one goes back."
     aside = _store(settings) / f".current-{os.getpid()}"
     aside.write_text(dataset.id)
+    _sync(aside)
     os.replace(aside, _store(settings) / "current")
+    _sync(_store(settings))

@@ -56,7 +56,7 @@ def _log_loss(y: Array, p: Array, eps: float = 1e-3) -> float:
     p = np.clip(p, eps, 1 - eps)
     return float(-np.mean(np.where(y == 1, np.log(p), np.log1p(-p))))
 
-# %% ../nbs/24_models.ipynb #c51b9a59
+# %% ../nbs/24_models.ipynb #437aa3c1
 class BaseModel:
     "A family of models. Subclasses declare `space` and `classifier`."
     default: ClassVar[dict[str, Any]] = {}
@@ -130,6 +130,7 @@ class BaseModel:
         n_trials: int,
         timeout: float | None = None,  # seconds after which no further trial starts
         dataset: str = "",  # dataset version, part of the study's key
+        job: str = "",  # the job that asks for it, if any
         on_trial: Callable[[optuna.Study, optuna.trial.FrozenTrial], None] = lambda s, t: None,
     ) -> Tuned:
         "Search for the lowest cross-validated log loss. An interrupted study with the same key goes on."
@@ -139,7 +140,7 @@ class BaseModel:
                         growth=self.growth, folds=o.n_folds, seed=o.seed, n_trials=n_trials, timeout=timeout,
                         preparation=self.settings.preparation)
         storage = open_storage(o.storage, self.settings.state / "studies")
-        study = open_study(storage, f"{self.name}-{key}", self.sampler, self.pruner())
+        study = open_study(storage, f"{self.name}-{key}", self.sampler, self.pruner(), job)
         with ThreadPoolExecutor(self.threads) as pool:
             def objective(trial: optuna.Trial) -> float:
                 params = self.space(trial)

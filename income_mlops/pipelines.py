@@ -5,7 +5,9 @@
 # %% auto #0
 __all__ = ['pipeline', 'Busy', 'only_one', 'train', 'analyze']
 
-# %% ../nbs/40_pipelines.ipynb #de1a2bcb
+# %% ../nbs/40_pipelines.ipynb #65cb6574
+import threading
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -28,24 +30,31 @@ def pipeline(
         return found
     raise SettingsError(f"no notebook {files[0]}")
 
-# %% ../nbs/40_pipelines.ipynb #47a965f6
+# %% ../nbs/40_pipelines.ipynb #90a52ec6
 class Busy(RuntimeError):
     "Another training is running on the same state folder."
 
 
 @contextmanager
-def only_one(settings: Settings) -> Iterator[None]:
-    "Hold the state folder's training lock. `Busy` if another process does."
+def only_one(
+    settings: Settings,
+    cancel: threading.Event | None = None,  # wait for the lock until this is set
+) -> Iterator[None]:
+    "Hold the state folder's training lock. `Busy` if another process does, and it was not waited for."
     import fcntl
     settings.state.mkdir(parents=True, exist_ok=True)
     with (settings.state / "training.lock").open("a") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise Busy(f"another training is running on {settings.state}") from None
+        while True:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                if cancel is None or cancel.is_set():
+                    raise Busy(f"another training is running on {settings.state}") from None
+            time.sleep(0.2)
         yield
 
-# %% ../nbs/40_pipelines.ipynb #8f0277e2
+# %% ../nbs/40_pipelines.ipynb #cbd34f39
 def train(
     settings: Settings,
     models: Sequence[str] = (),  # families; empty: those of the settings
@@ -55,6 +64,7 @@ def train(
     dataset: str = "",  # version id or its beginning; empty: the current one
     job: str = "",  # the retraining job that asks for it, if any
     progress: bool = True,  # show a bar
+    cancel: threading.Event | None = None,  # ends it once set; with it, another training is waited for
     **options: Any,  # further options of `runs.execute`
 ) -> runs.Execution:
     "Execute the training notebook. Errors in data, settings or parameters come before any run is made."
@@ -64,12 +74,16 @@ def train(
     ModelFactory(settings, version.schema).make_all(models)
     parameters = {"dataset": version.id, "models": ", ".join(models or settings.models), "trials": trials,
                   "timeout": timeout, "seed": seed, "job": job}
-    with only_one(settings):
+    with only_one(settings, cancel):
         runs.reconcile(settings)
-        return runs.execute(notebook, parameters, settings, progress=progress, tags={"job": job} if job else {},
+        return runs.execute(notebook, parameters, settings, progress=progress, cancel=cancel, tags=_tags(job, "train"),
                             **options)
 
-# %% ../nbs/40_pipelines.ipynb #91b7f3f0
+
+def _tags(job: str, step: str) -> dict[str, str]:
+    return {"job": job, "step": step} if job else {}
+
+# %% ../nbs/40_pipelines.ipynb #a302cfed
 def analyze(
     settings: Settings,
     new: str,  # a path, a dataset version, `original` or `current`
@@ -90,4 +104,5 @@ def analyze(
     if holdout not in ("", "none"):
         column_names(holdout)
         parameters["holdout"] = str(Path(holdout).resolve())
-    return runs.execute(notebook, parameters, settings, progress=progress, tags={"job": job} if job else {}, **options)
+    tags = _tags(job, f"analyze against {reference}")
+    return runs.execute(notebook, parameters, settings, progress=progress, tags=tags, **options)

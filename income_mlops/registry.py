@@ -166,10 +166,16 @@ def versions(
     with asking(settings) as client:
         return versions_of(client, settings, models)
 
-# %% ../nbs/30_registry.ipynb #a1c8a80b
+# %% ../nbs/30_registry.ipynb #c302c661
 def _known(client: Any, name: str, run_id: str) -> list[int]:
     found = _all(client.search_model_versions, f"run_id = '{run_id}'")
     return sorted(int(v.version) for v in found if v.name == name)
+
+
+def _made_by(client: Any, name: str, job: str | None, dataset: str) -> list[int]:
+    "Versions that an earlier attempt of this job registered."
+    found = _all(client.search_model_versions, f"name = '{name}'") if job else []
+    return sorted(int(v.version) for v in found if (v.tags.get("job"), v.tags.get("dataset")) == (job, dataset))
 
 
 def _model_id(client: Any, run_id: str, model_uri: str) -> str:
@@ -203,7 +209,7 @@ def _create(client: Any, name: str, run_id: str, model_uri: str, tags: dict[str,
     client.set_logged_model_tags(model_id, {"mlflow.modelVersions": json.dumps([{"name": name, "version": str(made)}])})
     return made
 
-# %% ../nbs/30_registry.ipynb #d3fabb54
+# %% ../nbs/30_registry.ipynb #d99e1220
 def _set_newest(client: Any, name: str, number: int) -> None:
     "Move `newest` to this version, unless it is on a later one."
     from mlflow.exceptions import MlflowException
@@ -226,11 +232,12 @@ def register(
     job: str | None = None,  # the retraining job, if any
     tags: dict[str, str] | None = None,
 ) -> Version:
-    "The run's version with alias `newest`: created if it is missing, found if it is not. Safe to repeat."
+    """The version with alias `newest`: created if it is missing, found if it is not. Safe to repeat, with the same run
+    or by the same job in another run: a job makes one version of a family and dataset."""
     name = registered_name(settings, family)
     words = {**(tags or {}), "family": name.removeprefix(registered_name(settings, "")), "dataset": dataset}
     with asking(settings) as client:
-        known = _known(client, name, run_id)
+        known = _known(client, name, run_id) or _made_by(client, name, job, dataset)
         number = known[0] if known else _create(client, name, run_id, model_uri, words | ({"job": job} if job else {}))
         _set_newest(client, name, number)
         return next(v for v in versions_of(client, settings, {name: aliases(settings)[name]}) if v.version == number)

@@ -4,13 +4,14 @@
 
 # %% auto #0
 __all__ = ['Words', 'Port', 'Share', 'Seconds', 'Count', 'ENV_PREFIX', 'FILE_VARIABLE', 'Section', 'Paths', 'Columns', 'Dataset',
-           'Preparation', 'Optimization', 'Runs', 'Drift', 'MLflow', 'Serving', 'Dashboard', 'Docs', 'Settings',
-           'SettingsError', 'find_settings', 'load_settings', 'effective']
+           'Preparation', 'Optimization', 'Runs', 'Jobs', 'Retraining', 'Drift', 'MLflow', 'Serving', 'Uploads',
+           'Dashboard', 'Docs', 'Settings', 'SettingsError', 'find_settings', 'load_settings', 'effective']
 
-# %% ../nbs/00_settings.ipynb #395e0695
+# %% ../nbs/00_settings.ipynb #a4abee90
 import os
+import re
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
@@ -96,6 +97,28 @@ class Runs(Section):
     end_timeout: Seconds = 60
     "Seconds to try telling MLflow that a notebook has ended, while it does not answer."
 
+# %% ../nbs/00_settings.ipynb #7ef7aab6
+class Jobs(Section):
+    storage: str = Field(default="", repr=False)
+    "Database of the queue (`postgresql://…`); empty: SQLite under the state folder."
+    attempts: Count = 5
+    "Failures that are not the data's fault, and deaths of the worker, until a job is given up."
+    backoff: Seconds = 10
+    "Seconds before the first repetition; doubled each time, 5 minutes at most."
+    timeout: Seconds = 8 * 3600
+    "Seconds a job may take at a time."
+    lease: Annotated[float, Field(ge=1)] = 30
+    "Seconds without a sign of life after which a worker elsewhere counts as dead."
+    threads: Annotated[int, Field(ge=0)] = 0
+    "Threads of a job; 0: one less than there are cores, so that predictions stay fast."
+    scheduling: Literal["idle", "batch", "normal"] = "idle"
+    "How a job competes for the processor, on Linux: `idle` gives way to everything else at once."
+
+
+class Retraining(Section):
+    on_error: Literal["stop", "continue"] = "stop"
+    "Whether data that the analysis advises against is merged and trained on all the same."
+
 # %% ../nbs/00_settings.ipynb #94eafc72
 class Drift(Section):
     model_config = ConfigDict(use_attribute_docstrings=True)
@@ -138,7 +161,7 @@ class Drift(Section):
     domain_rows: Annotated[int, Field(ge=100)] = 5_000
     "Rows of either table that this model sees at most."
 
-# %% ../nbs/00_settings.ipynb #81fa7cee
+# %% ../nbs/00_settings.ipynb #c8ac22f5
 class MLflow(Section):
     tracking_uri: str = ""
     "Empty: SQLite under the state folder, no server."
@@ -168,6 +191,15 @@ class Serving(Section):
     "Names this service may be called by, with a port or for any port; `*` for all."
 
 
+class Uploads(Section):
+    keep_days: Annotated[Annotated[float, Field(gt=0)] | None, BeforeValidator(lambda v: v or None)] = None
+    "Days after which an upload is deleted; empty: never. What was merged into the training data stays there."
+    check_timeout: Seconds = 600
+    "Seconds that the check of one file may take."
+    check_memory_mb: Annotated[float, Field(ge=512)] = 4096
+    "Memory that the check of one file may use: a small file can unfold to a large table."
+
+
 class Dashboard(Section):
     host: str = "127.0.0.1"
     port: Port = 8501
@@ -177,7 +209,7 @@ class Docs(Section):
     host: str = "127.0.0.1"
     port: Port = 8000
 
-# %% ../nbs/00_settings.ipynb #03d6a3eb
+# %% ../nbs/00_settings.ipynb #9709b557
 class Settings(Section):
     "Effective settings of one project folder."
     root: Path
@@ -190,6 +222,9 @@ class Settings(Section):
     preparation: Preparation = Preparation()
     optimization: Optimization = Optimization()
     runs: Runs = Runs()
+    uploads: Uploads = Uploads()
+    jobs: Jobs = Jobs()
+    retraining: Retraining = Retraining()
     drift: Drift = Drift()
     mlflow: MLflow = MLflow()
     serving: Serving = Serving()
@@ -289,7 +324,7 @@ def _from_environment(key: str) -> str | None:
     names = {"__".join([f"{ENV_PREFIX}_{words[0]}", *words[1:n]]) for n in range(1, len(words) + 1)}
     return next((v for v in os.environ if v.upper() in names), None)
 
-# %% ../nbs/00_settings.ipynb #3dd0e0de
+# %% ../nbs/00_settings.ipynb #ecd94e4d
 def effective(
     settings: Settings,
 ) -> list[tuple[str, Any, str]]:
@@ -300,5 +335,10 @@ def effective(
     for key, value in _leaves(settings.model_dump(exclude={"root"})).items():
         origin = _from_environment(key) or (file.name if key in written else "default")
         secret = key.endswith("api_key") and value
-        rows.append((key, "********" if secret else value, origin))
+        rows.append((key, "********" if secret else _without_password(value), origin))
     return rows
+
+
+def _without_password(value: Any) -> Any:
+    "An address may hold one: `postgresql://user:password@host`."
+    return re.sub(r"(://[^:/@]*):[^@/]*@", r"\1:********@", value) if isinstance(value, str) else value

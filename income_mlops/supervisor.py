@@ -5,18 +5,22 @@
 # %% auto #0
 __all__ = ['services', 'up']
 
-# %% ../nbs/49_supervisor.ipynb #a11e41f4
+# %% ../nbs/49_supervisor.ipynb #22d0169c
+import json
 import os
 import sys
 import time
+import urllib.request
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+from .jobs import Job, Queue
 from .processes import Service, Stopped, Supervisor, answers, check_ports, signals
+from .registry import registered_name
 from .settings import FILE_VARIABLE, Settings
 
-# %% ../nbs/49_supervisor.ipynb #19df5875
+# %% ../nbs/49_supervisor.ipynb #0921e0d1
 def _is_server(uri: str) -> bool:
     return uri.startswith(("http://", "https://"))
 
@@ -41,7 +45,8 @@ def services(
     command = (sys.executable, "-m", "income_mlops.cli")
     listed = [] if _is_server(settings.tracking_uri) else [_tracking(settings)]
     return [*listed,
-            Service("the API", (*command, "serve"), settings.serving.host, settings.serving.port, "serving.port")]
+            Service("the API", (*command, "serve", "--no-worker"), settings.serving.host, settings.serving.port,
+                    "serving.port")]
 
 
 def _environment(settings: Settings, listed: Sequence[Service]) -> dict[str, str]:
@@ -70,22 +75,42 @@ def _phase(name: str, say: Callable[[str], Any]) -> Iterator[list[str]]:
 def _say(text: str) -> None:
     print(text, end="", flush=True)
 
-# %% ../nbs/49_supervisor.ipynb #5a32acbe
+# %% ../nbs/49_supervisor.ipynb #47adee1a
 def _start(service: Service, supervisor: Supervisor, say: Callable[[str], Any]) -> None:
     with _phase(service.name, say) as words:
         supervisor.wait(supervisor.start(service.name, service.command, service.environment), service)
         words[0] = service.url
 
 
-def _await_model(api: Service, supervisor: Supervisor, seconds: float = 60) -> str:
-    "An empty text once a prediction is possible; else why not. That is no failure: it may be the alias that is wrong."
-    until = time.monotonic() + seconds
+def _first_model(settings: Settings, api: Service, supervisor: Supervisor, say: Callable[[str], Any]) -> str:
+    "Wait until a prediction is possible; in words, which model there is, or why there is none. That is no failure."
+    queue, shown, until = Queue(settings), "", time.monotonic() + 60
+    job: Job | None = None
     while not answers(api.url + "/ready"):
         supervisor.look()
-        if time.monotonic() > until:
-            return f", but the API serves none; {api.url}/health says why"
+        job = next((j for j in queue.list(limit=20) if j.parameters.get("first") and j.by == "worker"), None)
+        if job and not job.is_over:
+            until = time.monotonic() + 60
+            if job.heading and job.heading != shown:
+                say(f"{job.heading} ({job.cell}/{job.cells}) … ")
+                shown = job.heading
+        elif job and job.state != "succeeded":
+            return f"none: the training {job.state}: {job.error}; `income-mlops jobs {job.id}` says more"
+        elif time.monotonic() > until:
+            return f"{_outcome(job)}, but the API serves none; {api.url}/health says why"
         time.sleep(0.2)
-    return ""
+    return _outcome(job) if job else f"there is one: {_served(settings, api)}"
+
+
+def _served(settings: Settings, api: Service) -> str:
+    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+    with opener.open(api.url + "/health", timeout=5) as response:
+        told = json.load(response)
+    return f"{told['model'].removeprefix(registered_name(settings, ''))} version {told['version']}"
+
+
+def _outcome(job: Job | None) -> str:
+    return str(job.result.get("outcome", "trained")) if job else "there is one"
 
 
 def up(
@@ -100,12 +125,10 @@ def up(
         try:
             for service in tracking:
                 _start(service, supervisor, say)
-            command = (sys.executable, "-m", "income_mlops.cli", "train", "--first")
-            training = supervisor.start("train", command, lasting=False)
+            supervisor.start("worker", (sys.executable, "-m", "income_mlops.cli", "worker"))
             _start(api, supervisor, say)
             with _phase("a first model", say) as words:
-                supervisor.finish(training)
-                words[0] = training.last_words(1).strip() + _await_model(api, supervisor)
+                words[0] = _first_model(settings, api, supervisor, say)
             say(f"Everything runs; Ctrl-C stops it. Logs: {supervisor.logs}\n")
             while True:
                 supervisor.look()

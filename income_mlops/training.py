@@ -130,7 +130,7 @@ def inspect(
     trainer.profile = found.new
     return found
 
-# %% ../nbs/34_training.ipynb #7bc51bcf
+# %% ../nbs/34_training.ipynb #68723d83
 def tune(
     trainer: Trainer,
     candidate: Candidate,
@@ -151,7 +151,7 @@ def tune(
 
     with trainer.nested(candidate):
         tuned = candidate.model.optimize(trainer.X, trainer.y, n_trials=o.n_trials, timeout=o.timeout,
-                                         dataset=trainer.dataset.id, on_trial=report)
+                                         dataset=trainer.dataset.id, job=trainer.job, on_trial=report)
         mlflow.log_params({**tuned.params, "rounds": tuned.rounds, "n_trials": o.n_trials, "n_folds": o.n_folds,
                            "seed": o.seed, "dataset": trainer.dataset.id})
         mlflow.log_metric("cv_log_loss", tuned.log_loss)

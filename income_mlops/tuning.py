@@ -121,21 +121,24 @@ def open_storage(
     folder.mkdir(parents=True, exist_ok=True)
     return optuna.storages.JournalStorage(JournalFileBackend(str(folder / "studies.journal")))
 
-# %% ../nbs/23_tuning.ipynb #352c81ad
+# %% ../nbs/23_tuning.ipynb #8e999289
 def open_study(
     storage: optuna.storages.BaseStorage,
     key: str,
     sampler: Callable[[int], optuna.samplers.BaseSampler],  # makes a sampler from the number of trials done
     pruner: optuna.pruners.BasePruner,
+    job: str = "",  # who asks; a job that starts again takes up its own study even if that is finished
 ) -> optuna.Study:
     "The unfinished study of this key, or a new one. Trials that a dead process left running are failed."
     names = [n for n in optuna.get_all_study_names(storage) if n.rpartition("-")[0] == key]
     name = max(names, key=lambda n: int(n.rpartition("-")[2]), default=f"{key}-0")
-    if name in names and optuna.load_study(study_name=name, storage=storage).user_attrs.get("finished"):
+    known = optuna.load_study(study_name=name, storage=storage).user_attrs if name in names else {}
+    if known.get("finished") and not (job and known.get("job") == job):
         name = f"{key}-{int(name.rpartition('-')[2]) + 1}"
     study = optuna.create_study(storage=storage, study_name=name, pruner=pruner, load_if_exists=True)
     for trial in study.get_trials(deepcopy=False, states=[optuna.trial.TrialState.RUNNING]):
         study.tell(trial.number, state=optuna.trial.TrialState.FAIL)
+    study.set_user_attr("job", job)
     # the same seed again would repeat the early trials
     study.sampler = sampler(len(study.trials))
     return study

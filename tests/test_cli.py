@@ -193,10 +193,6 @@ def test_models_and_promote(there):
         assert done.exit_code == 1 and named in done.stderr and len(done.stderr.splitlines()) == 1
 
 
-def test_first_training_only_if_there_is_none(there):
-    assert run("train", "--first").stdout == "there is one: RandomForest version 1\n"
-
-
 # ── predict ───────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 def expected(schema, pipeline) -> list[float]:

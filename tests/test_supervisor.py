@@ -257,7 +257,7 @@ def test_up_serves_a_model_and_stops_within_15_seconds(trained, free_port):
         found = get(up.urls["MLflow"] + "/api/2.0/mlflow/registered-models/search?max_results=9")["registered_models"]
         assert [m["name"] for m in found] == ["adult-income.RandomForest"]
         assert get(up.urls["the API"] + "/health")["ready"]
-        assert len(up.pids) == 4, "watchdog, MLflow and its worker, the API"
+        assert len(up.pids) == 5, "watchdog, MLflow and its worker, the API, the worker"
         start = time.monotonic()
         up.process.terminate()
         assert up.process.wait(STOP) == 0
