@@ -6,7 +6,7 @@
 __all__ = ['USAGE', 'UNUSABLE', 'INTERRUPTED', 'CLEAN', 'WARNINGS', 'ERRORS', 'Commands', 'main', 'up', 'serve', 'train',
            'analyze', 'models', 'promote', 'predict', 'settings']
 
-# %% ../nbs/50_cli.ipynb #d25b7f07
+# %% ../nbs/50_cli.ipynb #cee769ce
 import json
 import os
 import sys
@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 import click
 
-from . import cli_data, cli_jobs
+from . import cli_dashboard, cli_data, cli_jobs
 
 if TYPE_CHECKING:
     from income_mlops.settings import Settings
@@ -104,13 +104,14 @@ def _quiet() -> None:
                         ("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")):
         os.environ.setdefault(name, value)
 
-# %% ../nbs/50_cli.ipynb #c02680d6
+# %% ../nbs/50_cli.ipynb #1d58dea4
 @main.command()
 def up() -> None:
     """Start everything; Ctrl-C stops it.
 
-    Starts MLflow, the API and a worker, which trains a first model if there is none. Prints the addresses and stays
-    until Ctrl-C, which stops every service. What they say is in the folder logs/ of the state folder (paths.state).
+    Starts MLflow, the API, a worker, which trains a first model if there is none, and the dashboard. Prints the
+    addresses and stays until Ctrl-C, which stops every service. What they say is in the folder logs/ of the state
+    folder (paths.state).
     """
     from income_mlops.supervisor import up as start
     start(_settings())
@@ -297,9 +298,10 @@ def predict(file: Path, out: Path | None, keep: bool, chunk_rows: int) -> None:
     if out:
         click.echo(f"{rows:,} rows → {out}", err=True)
 
-# %% ../nbs/50_cli.ipynb #bf2f23af
+# %% ../nbs/50_cli.ipynb #8318105d
 main.add_command(cli_jobs.jobs)
 main.add_command(cli_jobs.worker)
+main.add_command(cli_dashboard.dashboard)
 
 # %% ../nbs/50_cli.ipynb #abd84d4a
 @main.command()

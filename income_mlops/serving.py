@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Writer', 'Part', 'model_info', 'health', 'columns_info', 'writer', 'SetModel', 'create_app', 'ServingError', 'serve']
 
-# %% ../nbs/46_serving.ipynb #104c86f8
+# %% ../nbs/46_serving.ipynb #2c49718f
 import asyncio
 import errno
 import logging
@@ -26,6 +26,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from . import registry
 from .access import api_key, is_key
 from .answers import Front, Meters
+from .explaining import add_explain
 from .loader import Loader
 from .outlook import Outlook
 from .requests import body_schema
@@ -117,7 +118,7 @@ def _handle_problems(app: FastAPI) -> None:
     app.add_exception_handler(NotServable, told(409))
     app.add_exception_handler(500, lambda _, e: JSONResponse({"detail": f"internal error: {type(e).__name__}"}, 500))
 
-# %% ../nbs/46_serving.ipynb #f76e233d
+# %% ../nbs/46_serving.ipynb #14812288
 def _need(loader: Loader) -> Served:
     if loader.served is None:
         raise HTTPException(503, f"no model is served yet: {loader.reason}", {"Retry-After": "5"})
@@ -155,7 +156,8 @@ def _add_routes(app: FastAPI, settings: Settings, loader: Loader, meters: Meters
     def get_models() -> list[dict[str, Any]]:
         "Every registered version with its aliases and metrics, latest first."
         served = (loader.served.version.name, loader.served.version.version) if loader.served else None
-        return [{**v.model_dump(), "served": (v.name, v.version) == served} for v in registry.versions(settings)]
+        return [{**v.model_dump(), "served": (v.name, v.version) == served,
+                 "evaluation": f"/models/{v.family}/{v.version}/evaluation"} for v in registry.versions(settings)]
 
     @app.post("/set_model", tags=["models"])
     def post_set_model(body: SetModel, who: Writer) -> dict[str, Any]:
@@ -195,7 +197,7 @@ def _describe(app: FastAPI, loader: Loader) -> None:
 
     app.openapi = openapi  # type: ignore[method-assign]
 
-# %% ../nbs/46_serving.ipynb #d542c2fa
+# %% ../nbs/46_serving.ipynb #1d3a8c19
 Part = Callable[[FastAPI], AbstractAsyncContextManager[None]]
 
 
@@ -225,6 +227,7 @@ def create_app(
     app.add_middleware(Front, settings=settings, loader=loader, meters=meters)
     _handle_problems(app)
     _add_routes(app, settings, loader, meters, outlook)
+    add_explain(app, settings, loader)
     running_parts = [part(app) for part in parts]
     _describe(app, loader)
     return app

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['Words', 'Port', 'Share', 'Seconds', 'Count', 'ENV_PREFIX', 'FILE_VARIABLE', 'Section', 'Paths', 'Columns', 'Dataset',
-           'Preparation', 'Optimization', 'Runs', 'Jobs', 'Retraining', 'Drift', 'MLflow', 'Serving', 'Uploads',
-           'Dashboard', 'Docs', 'Settings', 'SettingsError', 'find_settings', 'load_settings', 'effective']
+           'Preparation', 'Optimization', 'Runs', 'Jobs', 'Retraining', 'Drift', 'Service', 'MLflow', 'Serving',
+           'Uploads', 'Dashboard', 'Docs', 'Settings', 'SettingsError', 'find_settings', 'load_settings', 'effective']
 
 # %% ../nbs/00_settings.ipynb #a4abee90
 import os
@@ -34,7 +34,7 @@ Share = Annotated[float, Field(ge=0, le=1)]
 Seconds = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Count = Annotated[int, Field(ge=1)]
 
-# %% ../nbs/00_settings.ipynb #ac4e78bf
+# %% ../nbs/00_settings.ipynb #d739205e
 class Paths(Section):
     state: Path = Path("var")
     "Everything a running system writes: MLflow's database and artifacts, dataset versions, the queue."
@@ -52,6 +52,8 @@ class Columns(Section):
     "Kept in the data, optional in requests, not a feature, not part of a row's identity."
     missing: Words = ("?",)
     "Texts that mean a missing value."
+    groups: Words = ()
+    "Columns of people's groups, by which a model's decisions are compared; numbers are put into bands."
 
 
 class Dataset(Section):
@@ -161,17 +163,19 @@ class Drift(Section):
     domain_rows: Annotated[int, Field(ge=100)] = 5_000
     "Rows of either table that this model sees at most."
 
-# %% ../nbs/00_settings.ipynb #c8ac22f5
-class MLflow(Section):
+# %% ../nbs/00_settings.ipynb #bb51dec2
+class Service(Section):
+    host: str = "127.0.0.1"
+
+
+class MLflow(Service):
     tracking_uri: str = ""
     "Empty: SQLite under the state folder, no server."
     experiment_name: str = Field(default="income-mlops", min_length=1)
-    host: str = "127.0.0.1"
     port: Port = 5000
 
 
-class Serving(Section):
-    host: str = "127.0.0.1"
+class Serving(Service):
     port: Port = 8080
     alias: str = Field(default="production", pattern=r"^[A-Za-z0-9_-]+$")
     follow_alias: bool = True
@@ -200,13 +204,18 @@ class Uploads(Section):
     "Memory that the check of one file may use: a small file can unfold to a large table."
 
 
-class Dashboard(Section):
-    host: str = "127.0.0.1"
+class Dashboard(Service):
     port: Port = 8501
+    base_url: Annotated[str, Field(pattern=r"^/(.*/)?$")] = "/"
+    "Path of the page behind a gateway, with a slash at both ends."
+    mlflow_url: str = ""
+    "Where a visitor's browser finds MLflow; empty: the tracking server, or mlflow.host and mlflow.port."
+    preheated_kernels: Annotated[int, Field(ge=0)] = 1
+    idle_timeout: Seconds = 600
+    "Seconds after which the kernel of a page that nobody looks at any more is ended."
 
 
-class Docs(Section):
-    host: str = "127.0.0.1"
+class Docs(Service):
     port: Port = 8000
 
 # %% ../nbs/00_settings.ipynb #9709b557
@@ -245,7 +254,7 @@ class Settings(Section):
         "Where MLflow keeps its runs: the server, or SQLite under the state folder."
         return self.mlflow.tracking_uri or f"sqlite:///{self.state / 'mlflow.db'}"
 
-# %% ../nbs/00_settings.ipynb #59243aeb
+# %% ../nbs/00_settings.ipynb #29cc6ced
 class SettingsError(ValueError):
     "Wrong settings; the message has one line per wrong key."
 
@@ -254,16 +263,14 @@ def _explain(e: ValidationError, file: Path) -> str:
     lines = []
     for err in e.errors():
         key = ".".join(str(p) for p in err["loc"])
-        what = "unknown setting" if err["type"] == "extra_forbidden" else err["msg"]
-        if err["type"] == "missing":
-            what = "required setting is missing"
+        known = {"extra_forbidden": "unknown setting", "missing": "required setting is missing"}
+        what = known.get(err["type"], err["msg"])
         got = "" if err["type"] == "missing" else f" (got {err['input']!r})"
         lines.append(f"{file.name}: {key}: {what}{got}")
     return "\n".join(lines)
 
-# %% ../nbs/00_settings.ipynb #d3f53c22
-ENV_PREFIX = "DYNACONF"
-FILE_VARIABLE = "INCOME_MLOPS_SETTINGS"
+# %% ../nbs/00_settings.ipynb #fd13f9ec
+ENV_PREFIX, FILE_VARIABLE = "DYNACONF", "INCOME_MLOPS_SETTINGS"
 
 
 def find_settings(
@@ -324,7 +331,7 @@ def _from_environment(key: str) -> str | None:
     names = {"__".join([f"{ENV_PREFIX}_{words[0]}", *words[1:n]]) for n in range(1, len(words) + 1)}
     return next((v for v in os.environ if v.upper() in names), None)
 
-# %% ../nbs/00_settings.ipynb #ecd94e4d
+# %% ../nbs/00_settings.ipynb #7b3aa743
 def effective(
     settings: Settings,
 ) -> list[tuple[str, Any, str]]:
@@ -334,8 +341,7 @@ def effective(
     rows = []
     for key, value in _leaves(settings.model_dump(exclude={"root"})).items():
         origin = _from_environment(key) or (file.name if key in written else "default")
-        secret = key.endswith("api_key") and value
-        rows.append((key, "********" if secret else _without_password(value), origin))
+        rows.append((key, "********" if key.endswith("api_key") and value else _without_password(value), origin))
     return rows
 
 

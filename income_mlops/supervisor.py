@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['services', 'up']
 
-# %% ../nbs/49_supervisor.ipynb #22d0169c
+# %% ../nbs/49_supervisor.ipynb #64342c48
 import json
 import os
 import sys
@@ -13,6 +13,7 @@ import time
 import urllib.request
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from importlib.util import find_spec
 from typing import Any
 
 from .jobs import Job, Queue
@@ -20,7 +21,7 @@ from .processes import Service, Stopped, Supervisor, answers, check_ports, signa
 from .registry import registered_name
 from .settings import FILE_VARIABLE, Settings
 
-# %% ../nbs/49_supervisor.ipynb #0921e0d1
+# %% ../nbs/49_supervisor.ipynb #70de56d4
 def _is_server(uri: str) -> bool:
     return uri.startswith(("http://", "https://"))
 
@@ -46,7 +47,15 @@ def services(
     listed = [] if _is_server(settings.tracking_uri) else [_tracking(settings)]
     return [*listed,
             Service("the API", (*command, "serve", "--no-worker"), settings.serving.host, settings.serving.port,
-                    "serving.port")]
+                    "serving.port"),
+            *([_dashboard(settings)] if find_spec("voila") else [])]
+
+
+def _dashboard(settings: Settings) -> Service:
+    "Its page starts a kernel; a file that belongs to it does not."
+    d = settings.dashboard
+    return Service("the dashboard", (sys.executable, "-m", "income_mlops.cli", "dashboard"), d.host, d.port,
+                   "dashboard.port", health=f"{d.base_url}voila/static/voila.js")
 
 
 def _environment(settings: Settings, listed: Sequence[Service]) -> dict[str, str]:
@@ -55,6 +64,7 @@ def _environment(settings: Settings, listed: Sequence[Service]) -> dict[str, str
     local = [*filter(None, os.environ.get("NO_PROXY", "").split(",")), "127.0.0.1", "localhost", "::1"]
     return {FILE_VARIABLE: os.environ.get(FILE_VARIABLE) or str(settings.root / "settings.ini"),
             "DYNACONF_MLFLOW__TRACKING_URI": own.get("MLflow", settings.tracking_uri),
+            "DYNACONF_BACKEND_URL": own.get("the API", settings.backend_url),
             "NO_PROXY": ",".join(local), "no_proxy": ",".join(local),
             "MLFLOW_DISABLE_TELEMETRY": "true", "GIT_PYTHON_REFRESH": "quiet", "PYTHONUNBUFFERED": "1"}
 
@@ -75,7 +85,7 @@ def _phase(name: str, say: Callable[[str], Any]) -> Iterator[list[str]]:
 def _say(text: str) -> None:
     print(text, end="", flush=True)
 
-# %% ../nbs/49_supervisor.ipynb #47adee1a
+# %% ../nbs/49_supervisor.ipynb #18b54a86
 def _start(service: Service, supervisor: Supervisor, say: Callable[[str], Any]) -> None:
     with _phase(service.name, say) as words:
         supervisor.wait(supervisor.start(service.name, service.command, service.environment), service)
@@ -120,13 +130,16 @@ def up(
     "Start everything, watch it, and stop it when asked to. `ServiceError` if something cannot start or dies."
     listed = services(settings)
     check_ports(listed)
-    *tracking, api = listed
+    names = [s.name for s in listed]
+    api = listed[names.index("the API")]
+    tracking, pages = listed[:names.index(api.name)], listed[names.index(api.name) + 1:]
     with Supervisor(settings.state / "logs", _environment(settings, listed)) as supervisor, signals(supervisor):
         try:
             for service in tracking:
                 _start(service, supervisor, say)
             supervisor.start("worker", (sys.executable, "-m", "income_mlops.cli", "worker"))
-            _start(api, supervisor, say)
+            for service in (api, *pages):
+                _start(service, supervisor, say)
             with _phase("a first model", say) as words:
                 words[0] = _first_model(settings, api, supervisor, say)
             say(f"Everything runs; Ctrl-C stops it. Logs: {supervisor.logs}\n")

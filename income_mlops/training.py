@@ -6,7 +6,7 @@
 __all__ = ['Array', 'Candidate', 'requirements', 'Trainer', 'dataset_input', 'log_data', 'inspect', 'tune', 'evaluate',
            'log_model', 'log_serving', 'example_rows', 'best', 'against_champion', 'register']
 
-# %% ../nbs/34_training.ipynb #b896bd4b
+# %% ../nbs/34_training.ipynb #9e8ca318
 import json
 import tempfile
 import warnings
@@ -21,12 +21,14 @@ import pandas as pd
 
 from . import analysis, evaluation, promotion, registry
 from .datasets import Dataset, load
+from .fairness import fairness
 from .gate import store_compiled
 from .models import BaseModel, ModelFactory, Tuned
 from .pictures import pictures
 from .processing import to_frame, to_labels
 from .profile import Profile
 from .settings import Settings
+from .unrolling import store_contributions
 
 Array = np.ndarray[Any, Any]
 
@@ -130,7 +132,7 @@ def inspect(
     trainer.profile = found.new
     return found
 
-# %% ../nbs/34_training.ipynb #68723d83
+# %% ../nbs/34_training.ipynb #7bc51bcf
 def tune(
     trainer: Trainer,
     candidate: Candidate,
@@ -151,7 +153,7 @@ def tune(
 
     with trainer.nested(candidate):
         tuned = candidate.model.optimize(trainer.X, trainer.y, n_trials=o.n_trials, timeout=o.timeout,
-                                         dataset=trainer.dataset.id, job=trainer.job, on_trial=report)
+                                         dataset=trainer.dataset.id, on_trial=report)
         mlflow.log_params({**tuned.params, "rounds": tuned.rounds, "n_trials": o.n_trials, "n_folds": o.n_folds,
                            "seed": o.seed, "dataset": trainer.dataset.id})
         mlflow.log_metric("cv_log_loss", tuned.log_loss)
@@ -159,7 +161,7 @@ def tune(
     candidate.tuned = tuned
     return tuned
 
-# %% ../nbs/34_training.ipynb #49c382d5
+# %% ../nbs/34_training.ipynb #31429f89
 def evaluate(
     trainer: Trainer,
     candidate: Candidate,
@@ -179,6 +181,7 @@ def evaluate(
         "current": evaluation.metrics(y, p, threshold),
         "curves": evaluation.curves(y, p),
         "importances": evaluation.importances(candidate.pipeline, X, y),
+        "fairness": fairness(trainer.settings, y, p, holdout, threshold),
     }
     with trainer.nested(candidate):
         mlflow.log_metrics({f"holdout_{k}": v for k, v in result["original"].items()})
@@ -189,7 +192,7 @@ def evaluate(
         log_serving(trainer, candidate, X)
     return result
 
-# %% ../nbs/34_training.ipynb #881b2d87
+# %% ../nbs/34_training.ipynb #7e1f217c
 def log_model(
     trainer: Trainer,
     candidate: Candidate,
@@ -217,6 +220,8 @@ def log_serving(
         stored = store_compiled(candidate.pipeline, trainer.schema, X, folder / "predictor",
                                 trainer.settings.optimization.seed)
         mlflow.log_metrics(stored.metrics)
+        if stored.reason is None:
+            store_contributions(candidate.pipeline, folder / "predictor")
         print(f"{candidate.name}: " + (f"served through its pipeline only: {stored.reason}" if stored.reason else
               "compiled; largest difference from the pipeline "
               f"{stored.metrics['predictor_max_abs_difference']:.1e}"))
