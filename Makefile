@@ -4,7 +4,7 @@ SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DELETE_ON_ERROR:
 MAKEFLAGS += --no-builtin-rules --no-print-directory
-.PHONY: help up test test-all bench setup export check requirements clean
+.PHONY: help up test test-all book bench setup export check requirements clean
 
 UV_VERSION := 0.13.9
 export UV_PYTHON_DOWNLOADS := never
@@ -23,7 +23,7 @@ PYTHON ?= $(shell $(FIND_PYTHON))
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
 
 UV := .tools/bin/uv
-SOURCES := $(wildcard nbs tests tools benchmarks)
+SOURCES := $(wildcard nbs tests tools benchmarks book)
 # Notebooks that are used in JupyterLab: run cell by cell in a real kernel.
 KERNEL_NOTEBOOKS := $(sort $(wildcard nbs/index.ipynb nbs/explore/*.ipynb))
 
@@ -40,6 +40,12 @@ test: setup check  ## Set up and run the checks and the tests
 
 test-all: setup check  ## The same with faults, load, stores and containers
 	@$(call run-tests,full or not full)
+
+book: setup  ## Build the book into book/_build/html; `make up` serves it
+	@echo "── the book; the first time every notebook is executed: some minutes"
+	@jupyter-book build . --config book/_config.yml --toc book/_toc.yml --path-output book \
+	    --all --warningiserror --nitpick --keep-going --quiet
+	@echo "── book/_build/html/index.html"
 
 bench: .venv/.stamp-bench  ## Run the benchmarks one after another
 	@status=0; for file in benchmarks/[a-z]*.py; do echo "── $$file"; python "$$file" || status=1; done; exit $$status

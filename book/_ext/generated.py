@@ -9,7 +9,6 @@ import importlib
 import inspect
 import json
 import re
-from pathlib import Path
 from typing import Any
 
 import click
@@ -48,9 +47,10 @@ def arrows() -> str:
         uses = sorted((m for m in direct(module) if m in place), key=place.get)
         for other in uses:
             assert place[other] < place[module], f"{module} imports {other}: uphill"
-            reach = min(26 + 7.5 * (place[module] - place[other]), 400)
-            arcs.append(f'<path class="arc from-{module} to-{other}" d="M{left} {y[module]} C{left + reach} {y[module]} '
-                        f'{left + reach} {y[other]} {left + 7} {y[other]}"><title>{module} → {other}</title></path>')
+            reach = min(26 + 6.5 * (place[module] - place[other]), 540)
+            a, b, far = y[module], y[other], left + reach
+            arcs.append(f'<path class="arc from-{module} to-{other}" d="M{left} {a} C{far} {a} {far} {b} {left + 7} {b}">'
+                        f'<title>{module} → {other}</title></path>')
         about = html.escape(f"{title}: {quote} Imports: {', '.join(uses) or 'none of ours'}.")
         names.append(f'<a href="../../nbs/{stem}.html" data-module="{module}"><text x="{left - 8}" y="{y[module] + 4}">'
                      f'{module}</text><circle cx="{left}" cy="{y[module]}" r="2.5"/><title>{about}</title></a>')
@@ -58,12 +58,14 @@ def arrows() -> str:
     count = len(arcs)
     return f"""```{{raw}} html
 <figure class="house">
-<svg viewBox="0 0 520 {height}" role="img" aria-label="The {len(listed)} modules from top to bottom and the {count} imports between them, all of which point upwards in the list">
-<defs><marker id="tip" viewBox="0 0 6 6" refX="5" refY="3" markerWidth="6" markerHeight="6" orient="auto"><path d="M0 0L6 3L0 6z"/></marker></defs>
+<svg viewBox="0 0 620 {height}" role="img" aria-label="{len(listed)} modules and the {count} imports between them">
+<defs><marker id="tip" viewBox="0 0 6 6" refX="5" refY="3" markerWidth="6" markerHeight="6" orient="auto">
+<path d="M0 0L6 3L0 6z"/></marker></defs>
 {chr(10).join(arcs)}
 {chr(10).join(names)}
 </svg>
-<figcaption>{len(listed)} modules, {count} imports. Point at a name: what it uses is blue, what uses it is orange. A click opens its notebook.</figcaption>
+<figcaption>{len(listed)} modules, {count} imports. Point at a name: what it uses is blue, what uses it is orange.
+A click opens its notebook.</figcaption>
 </figure>
 <script>
 document.querySelectorAll(".house a").forEach(a => {{
@@ -119,7 +121,7 @@ def settings() -> str:
             if path == "" and name == "root":
                 continue
             key = f"{path}.{name}".lstrip(".")
-            meaning = said.get(cls.__name__, {}).get(name) or field.description or ""
+            meaning = next((said[c.__name__][name] for c in cls.__mro__ if name in said.get(c.__name__, {})), "")
             rows.append(f"| `{key}` | {_default(field)} | {meaning} |")
         if rows:
             head = f"## {path}" if path else "## At the top"
@@ -169,7 +171,7 @@ def write_api_pages() -> None:
     wanted = {}
     for stem, module, title, _ in rooms():
         wanted[API / f"{module}.md"] = (
-            f"# {module}\n\n[{title}](../../../nbs/{stem}.ipynb) is its notebook, with the code, examples and tests.\n\n"
+            f"# {module}\n\n[{title}](../../../nbs/{stem}.ipynb) is its notebook: the code, examples, tests.\n\n"
             f"```{{eval-rst}}\n.. automodule:: income_mlops.{module}\n   :members:\n   :undoc-members:\n```\n")
     for path in API.glob("*.md"):
         if path not in wanted:

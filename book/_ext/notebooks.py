@@ -1,4 +1,4 @@
-"""Module notebooks as pages: hidden cells hidden, exported code folded, tests visible; outputs kept while they are true.
+"""Module notebooks as pages: hidden cells hidden, exported code folded, tests visible, outputs true.
 
 nbdev's directives are comments (`#| export`); Sphinx does not know them. Each notebook is changed on its way in:
 nothing is written back.
@@ -69,7 +69,9 @@ def depends_on(cells: list[dict[str, Any]]) -> str:
     names = {p.stem for p in PACKAGE.glob("*.py")} if whole else closure(
         {m for c in cells if c["cell_type"] == "code" for m in imported("".join(c["source"]))})
     files = [*(PACKAGE / f"{n}.py" for n in sorted(names)), ROOT / "settings.ini", ROOT / "uv.lock",
-             *sorted((ROOT / "data").glob("*.csv")), *(sorted((ROOT / "nbs/pipelines").glob("*.ipynb")) if whole else ())]
+             *sorted((ROOT / "data").glob("*.csv"))]
+    if whole:
+        files += sorted((ROOT / "nbs/pipelines").glob("*.ipynb"))
     return hashlib.sha256("".join(map(_digest, files)).encode()).hexdigest()
 
 
@@ -83,7 +85,8 @@ def defined(code: str) -> str:
             names.append(node.name)
         elif isinstance(node, ast.Assign | ast.AnnAssign):
             targets = node.targets if isinstance(node, ast.Assign) else [node.target]
-            names += [n.id for t in targets for n in ast.walk(t) if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Store)]
+            inside = [n for t in targets for n in ast.walk(t)]
+            names += [n.id for n in inside if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Store)]
         elif isinstance(node, ast.Import | ast.ImportFrom) and "imports" not in names:
             names.append("imports")
     shown = list(dict.fromkeys(n for n in names if not n.startswith("_") or n == "_")) or list(dict.fromkeys(names))
@@ -141,8 +144,11 @@ def use_own_state(app: Any, config: Any) -> None:
     "What the notebooks write while the book is built is thrown away with the process."
     state = tempfile.TemporaryDirectory(prefix="book-")
     app._state_of_the_book = state  # lives as long as the build
-    os.environ |= {"DYNACONF_PATHS__STATE": state.name, "DYNACONF_PATHS__REPORTS": state.name + "/reports",
-                   "MLFLOW_DISABLE_TELEMETRY": "true", "GIT_PYTHON_REFRESH": "quiet", "COLUMNS": "100",
+    kernel = Path(state.name, "ipython/profile_default/ipython_kernel_config.py")
+    kernel.parent.mkdir(parents=True)
+    kernel.write_text("c.IPKernelApp.log_level = 40\n")  # else each kernel warns of its transport
+    os.environ |= {"IPYTHONDIR": f"{state.name}/ipython", "DYNACONF_PATHS__STATE": f"{state.name}/var",
+                   "DYNACONF_PATHS__REPORTS": f"{state.name}/reports", "MLFLOW_DISABLE_TELEMETRY": "true", "GIT_PYTHON_REFRESH": "quiet", "COLUMNS": "100",
                    "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false", "YDATA_PROFILING_NO_ANALYTICS": "1"}
 
 

@@ -1,4 +1,4 @@
-"""A book that needs no network: formulas as MathML, which browsers draw themselves, and nothing that is loaded elsewhere."""
+"""A book that needs no network: formulas as MathML, which browsers draw themselves, nothing loaded from elsewhere."""
 from typing import Any
 
 from docutils import nodes
