@@ -49,7 +49,8 @@ def arrows() -> str:
             assert place[other] < place[module], f"{module} imports {other}: uphill"
             reach = min(26 + 6.5 * (place[module] - place[other]), 540)
             a, b, far = y[module], y[other], left + reach
-            arcs.append(f'<path class="arc from-{module} to-{other}" d="M{left} {a} C{far} {a} {far} {b} {left + 7} {b}">'
+            curve = f"M{left} {a} C{far} {a} {far} {b} {left + 7} {b}"
+            arcs.append(f'<path class="arc from-{module} to-{other}" d="{curve}">'
                         f'<title>{module} → {other}</title></path>')
         about = html.escape(f"{title}: {quote} Imports: {', '.join(uses) or 'none of ours'}.")
         names.append(f'<a href="../../nbs/{stem}.html" data-module="{module}"><text x="{left - 8}" y="{y[module] + 4}">'

@@ -148,7 +148,8 @@ def use_own_state(app: Any, config: Any) -> None:
     kernel.parent.mkdir(parents=True)
     kernel.write_text("c.IPKernelApp.log_level = 40\n")  # else each kernel warns of its transport
     os.environ |= {"IPYTHONDIR": f"{state.name}/ipython", "DYNACONF_PATHS__STATE": f"{state.name}/var",
-                   "DYNACONF_PATHS__REPORTS": f"{state.name}/reports", "MLFLOW_DISABLE_TELEMETRY": "true", "GIT_PYTHON_REFRESH": "quiet", "COLUMNS": "100",
+                   "DYNACONF_PATHS__REPORTS": f"{state.name}/reports", "MLFLOW_DISABLE_TELEMETRY": "true",
+                   "GIT_PYTHON_REFRESH": "quiet", "COLUMNS": "100",
                    "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false", "YDATA_PROFILING_NO_ANALYTICS": "1"}
 
 
