@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from typing import Any
 from urllib.parse import urlsplit
 
-# %% ../nbs/47a_backend.ipynb #010234e6
+# %% ../nbs/47a_backend.ipynb #6cb9faa5
 class Problem(RuntimeError):
     "Something went wrong; the message is a sentence to show. `status` 0: nobody answered."
 
@@ -23,9 +23,10 @@ class Problem(RuntimeError):
 def sentence(
     text: str,
 ) -> str:
-    "As a sentence: a capital first, a full stop last."
+    "As a sentence: a capital first, unless a name begins it, a full stop last."
     text = " ".join(text.split())
-    text = text[:1].upper() + text[1:]
+    if text.split(" ")[0].isalpha():
+        text = text[:1].upper() + text[1:]
     return text if text.endswith((".", "!", "?", "…")) else text + "."
 
 

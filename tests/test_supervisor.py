@@ -86,7 +86,8 @@ def test_up_names_the_taken_port_and_starts_nothing(project, free_port):
         s.bind(("127.0.0.1", 0))
         s.listen()
         port = s.getsockname()[1]
-        done = income_mlops(folder, "up", DYNACONF_SERVING__PORT=str(port), DYNACONF_MLFLOW__PORT=str(free_port()))
+        done = income_mlops(folder, "up", DYNACONF_SERVING__PORT=str(port), DYNACONF_MLFLOW__PORT=str(free_port()),
+                            DYNACONF_DASHBOARD__PORT=str(free_port()))
     assert done.returncode == 1 and not done.stdout
     assert f"port {port}" in done.stderr and "serving.port" in done.stderr and len(done.stderr.splitlines()) == 1
     assert not (folder / "var").exists()
@@ -223,9 +224,11 @@ def trained(tmp_path_factory):
 class Up:
     "`income-mlops up` in a folder, on free ports."
 
-    def __init__(self, folder: Path, mlflow: int, serving: int):
-        self.urls = {"MLflow": f"http://127.0.0.1:{mlflow}", "the API": f"http://127.0.0.1:{serving}"}
-        env = {**os.environ, "DYNACONF_MLFLOW__PORT": str(mlflow), "DYNACONF_SERVING__PORT": str(serving)}
+    def __init__(self, folder: Path, mlflow: int, serving: int, dashboard: int):
+        ports = {"MLflow": mlflow, "the API": serving, "the dashboard": dashboard}
+        self.urls = {name: f"http://127.0.0.1:{port}" for name, port in ports.items()}
+        env = {**os.environ, "DYNACONF_MLFLOW__PORT": str(mlflow), "DYNACONF_SERVING__PORT": str(serving),
+               "DYNACONF_DASHBOARD__PORT": str(dashboard)}
         self.out = folder / "up.out"
         with self.out.open("w") as out:
             self.process = subprocess.Popen([sys.executable, "-m", "income_mlops.cli", "up"], cwd=folder, env=env,
@@ -246,18 +249,20 @@ class Up:
 
 
 def test_up_serves_a_model_and_stops_within_15_seconds(trained, free_port):
-    up = Up(trained, free_port(), free_port())
+    up = Up(trained, free_port(), free_port(), free_port())
     try:
         lines = up.ready(120).out.read_text().splitlines()
-        assert len(lines) == 4 and all(url in "".join(lines) for url in up.urls.values())
-        assert lines[0].startswith("  MLflow ") and lines[1].startswith("  the API ")
-        assert "there is one: RandomForest version 1" in lines[2] and "serves none" not in lines[2]
+        assert len(lines) == 5 and all(url in "".join(lines) for url in up.urls.values())
+        assert [line[:16].strip() for line in lines[:3]] == list(up.urls)
+        assert "there is one: RandomForest version 1" in lines[3] and "serves none" not in lines[3]
+        with urllib.request.urlopen(up.urls["the dashboard"] + "/voila/static/voila.js") as r:
+            assert r.status == 200
         with urllib.request.urlopen(up.urls["MLflow"] + "/health") as r:
             assert r.status == 200
         found = get(up.urls["MLflow"] + "/api/2.0/mlflow/registered-models/search?max_results=9")["registered_models"]
         assert [m["name"] for m in found] == ["adult-income.RandomForest"]
         assert get(up.urls["the API"] + "/health")["ready"]
-        assert len(up.pids) == 5, "watchdog, MLflow and its worker, the API, the worker"
+        assert len(up.pids) >= 6, "watchdog, MLflow and its worker, the API, the worker, the dashboard, its kernel"
         start = time.monotonic()
         up.process.terminate()
         assert up.process.wait(STOP) == 0
@@ -269,7 +274,7 @@ def test_up_serves_a_model_and_stops_within_15_seconds(trained, free_port):
 
 @pytest.mark.full  # with small services the same is tested above
 def test_dead_service_ends_up_with_a_report(trained, free_port):
-    up = Up(trained, free_port(), free_port())
+    up = Up(trained, free_port(), free_port(), free_port())
     try:
         up.ready(120)
         api = next(p for p in up.pids if "serve" in psutil.Process(p).cmdline())
@@ -282,7 +287,7 @@ def test_dead_service_ends_up_with_a_report(trained, free_port):
 
 
 def test_end_while_starting_leaves_nothing(trained, free_port):
-    up = Up(trained, free_port(), free_port())
+    up = Up(trained, free_port(), free_port(), free_port())
     try:
         wait_for(lambda: len(family(up.process.pid)) >= 2, 30, "MLflow starts")
         time.sleep(1)
@@ -297,4 +302,4 @@ def test_end_while_starting_leaves_nothing(trained, free_port):
 def test_tracking_server_of_somebody_else_is_used(project):
     from income_mlops.settings import load_settings
     settings = load_settings(project(('tracking_uri = ""', "tracking_uri = http://ml.example:5000")) / "settings.ini")
-    assert [s.name for s in services(settings)] == ["the API"]
+    assert [s.name for s in services(settings)] == ["the API", "the dashboard"]
