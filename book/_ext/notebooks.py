@@ -12,8 +12,10 @@ import hashlib
 import json
 import os
 import re
+import sys
 import tempfile
 from functools import cache
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -61,18 +63,30 @@ def _digest(path: Path) -> str:
     return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
+@cache
+def _owners() -> dict[str, list[str]]:
+    return {name: list(owners) for name, owners in metadata.packages_distributions().items()}
+
+
+def libraries(code: str) -> set[str]:
+    "Versions of the libraries that some code imports."
+    names = {w.split(".")[0] for line in re.findall(r"^\s*(?:from|import) +([\w., ]+)", code, re.MULTILINE)
+             for w in re.split(r"[, ]+", line) if w}
+    return {f"{owner} {metadata.version(owner)}" for n in names if n != PACKAGE.name for owner in _owners().get(n, ())}
+
+
 def depends_on(cells: list[dict[str, Any]]) -> str:
     "A digest of everything but the cells that decides what they print."
-    code = "\n".join(s for c in cells if c["cell_type"] == "code" and (s := "".join(c["source"])))
+    code = "\n".join("".join(c["source"]) for c in cells if c["cell_type"] == "code")
     # A command line or a pipeline is the whole package.
     whole = re.search(r"income_mlops\.cli|\bpipelines\b|^\s*[!%]", code, re.MULTILINE)
     names = {p.stem for p in PACKAGE.glob("*.py")} if whole else closure(
         {m for c in cells if c["cell_type"] == "code" for m in imported("".join(c["source"]))})
-    files = [*(PACKAGE / f"{n}.py" for n in sorted(names)), ROOT / "settings.ini", ROOT / "uv.lock",
-             *sorted((ROOT / "data").glob("*.csv"))]
+    files = [*(PACKAGE / f"{n}.py" for n in sorted(names)), ROOT / "settings.ini", *sorted((ROOT / "data").glob("*.csv"))]
     if whole:
         files += sorted((ROOT / "nbs/pipelines").glob("*.ipynb"))
-    return hashlib.sha256("".join(map(_digest, files)).encode()).hexdigest()
+    versions = libraries("\n".join([code, *(f.read_text() for f in files if f.suffix == ".py")]))
+    return hashlib.sha256("".join([*map(_digest, files), *sorted(versions), sys.version]).encode()).hexdigest()
 
 
 def defined(code: str) -> str:
@@ -105,18 +119,18 @@ def prepared(cells: list[dict[str, Any]], module: str) -> list[dict[str, Any]]:
         code = re.sub(r"^#\|.*\n?", "", source, flags=re.MULTILINE).strip("\n")
         if not code:
             continue
-        metadata = cell.get("metadata", {})
-        tags = [t for t in metadata.get("tags", []) if t != "nbval-skip"]
+        about = cell.get("metadata", {})
+        tags = [t for t in about.get("tags", []) if t != "nbval-skip"]
         words = {d.split()[0] for d in directives if d}
         if "hide" in words:
             tags.append("remove-cell")
         if "export" in words:
             tags.append("hide-input")
             prompt = f"{module}: {defined(code)}"
-            metadata = metadata | {"mystnb": {"code_prompt_show": prompt, "code_prompt_hide": prompt}}
+            about = about | {"mystnb": {"code_prompt_show": prompt, "code_prompt_hide": prompt}}
         if any(d.replace(" ", "") == "eval:false" for d in directives):
             tags.append("skip-execution")
-        made.append(cell | {"source": code, "metadata": metadata | {"tags": tags}})
+        made.append(cell | {"source": code, "metadata": about | {"tags": tags}})
     return made
 
 
