@@ -52,11 +52,11 @@ bench: .venv/.stamp-bench  ## Run the benchmarks one after another
 
 setup: .venv/.stamp  ## Create the environment in .venv from uv.lock
 
-export:  ## Write the modules from the notebooks and clean the notebooks
-	@nbdev-export && nbdev-clean
+export:  ## Write the modules and the README from the notebooks and clean the notebooks
+	@nbdev-export && nbdev-clean && python tools/readme.py
 
 check: setup  ## Notebooks and modules in sync, lint, types
-	@echo "── notebooks and modules in sync"; python tools/check_sync.py
+	@echo "── notebooks and modules in sync"; python tools/check_sync.py; python tools/readme.py --check
 	@echo "── ruff"; ruff check --quiet $(SOURCES)
 	@echo "── mypy"; mypy --no-error-summary
 

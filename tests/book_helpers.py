@@ -10,8 +10,8 @@ import time
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
-BLOCK = re.compile(r"^(?P<fence>`{3,}) *(?:\{code-block\} *)?(?P<kind>\w+)\n(?::caption: (?P<caption>[^\n]*)\n)?(?P<text>.*?)"
-                   r"^(?P=fence) *$", re.MULTILINE | re.DOTALL)
+BLOCK = re.compile(r"^(?P<fence>`{3,}) *(?:\{code-block\} *)?(?P<kind>\w+)\n(?::caption: (?P<caption>[^\n]*)\n)?"
+                   r"(?P<text>.*?)^(?P=fence) *$", re.MULTILINE | re.DOTALL)
 STAYS = re.compile(r"(make|income-mlops) up$")
 
 
@@ -59,7 +59,8 @@ class Walk:
             **os.environ, **local, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "COLUMNS": "120",
             "DYNACONF_SERVING__PORT": str(api), "DYNACONF_MLFLOW__PORT": str(mlflow), "TERM": "dumb",
             "DYNACONF_DASHBOARD__PORT": str(dashboard), "DYNACONF_DOCS__PORT": str(docs),
-            "DYNACONF_BACKEND_URL": f"http://127.0.0.1:{api}", "PYTHONWARNINGS": "ignore", **(environment or {})}
+            "DYNACONF_BACKEND_URL": f"http://127.0.0.1:{api}", "PYTHONWARNINGS": "ignore",
+            "DYNACONF_JOBS__SCHEDULING": "normal", **(environment or {})}
 
     def said(self, text):
         for word, ours in self.words.items():
@@ -107,8 +108,8 @@ class Walk:
                 elif STAYS.fullmatch(name):
                     self.start(name, text, timeout)
                 elif not re.match(r"source .*activate$", name):
-                    done = subprocess.run(["bash", "-c", self.said(name)], cwd=self.folder, env=self.environment, text=True,
-                                          stdout=subprocess.PIPE, stderr=subprocess.STDOUT, timeout=timeout)
+                    done = subprocess.run(["bash", "-c", self.said(name)], cwd=self.folder, env=self.environment,
+                                          stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=timeout)
                     self.compare(text, done.stdout, name)
         finally:
             self.end()

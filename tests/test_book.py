@@ -46,7 +46,8 @@ def code(source, **tags):
 def test_directives_become_tags(extension):
     notebooks, _ = extension
     cells = [code("#| default_exp drift"), code("#| hide\nimport os"),
-             code("#| export\ndef f(): ...\n\n\nclass _B: ...\nA = 1"), code("#| eval: false\nstop()"), code("assert f")]
+             code("#| export\ndef f(): ...\n\n\nclass _B: ...\nA = 1"), code("#| eval: false\nstop()"),
+             code("assert f")]
     hidden, exported, skipped, test = notebooks.prepared(cells, "drift")
     assert hidden["metadata"]["tags"] == ["remove-cell"] and hidden["source"] == "import os"
     assert exported["metadata"]["tags"] == ["hide-input"]
@@ -124,9 +125,33 @@ def test_retrain_on_new_data(tmp_path):
 
 
 @pytest.mark.full
-def test_the_first_prediction_then_a_model_of_ones_own(clone):
-    "Both in one clone, one after another, as a newcomer would."
+@pytest.mark.timeout(3600)
+def test_a_newcomers_first_hour(clone):
+    "The first tutorial, every command of the README's quick start, and a model of one's own, in one clone."
     Walk(clone).follow(BOOK / "tutorials/first.md")
+    walk = Walk(clone, {"DYNACONF_OPTIMIZATION__N_TRIALS": "2"})
+    for name in ("new.csv", "people.csv"):
+        shutil.copy(clone / "data/adult.test.csv", clone / name)
+    readme = (clone / "README.md").read_text()
+    done = []
+    try:
+        for block in BLOCK.finditer(readme):
+            if block["kind"] == "json":
+                walk.compare(block["text"].strip(), done[-1].stdout, "the README's prediction")
+            commands = re.findall(r"(?m)^(?!#)((?:.+?'\{(?:.|\n)+?\}')|.+)$", block["text"])
+            for line in commands if block["kind"] == "sh" else ():
+                words = re.sub(r" +# .*", "", line)
+                if words == "make up":
+                    walk.start(words, "…\nEverything runs; Ctrl-C stops it. Logs: …", 900)
+                elif not re.match(r"make (test|bench)|source ", words):  # bench: half an hour of measuring
+                    done.append(subprocess.run(["bash", "-c", walk.said(words)], cwd=clone, env=walk.environment,
+                                               capture_output=True, text=True, timeout=1800))
+                    assert done[-1].returncode in ((0, 10, 11) if " analyze " in words else (0,)), (words, done[-1])
+        said = " ".join(d.args[2] for d in done)
+        assert all(f"income-mlops {c}" in said for c in ("train", "analyze", "models", "promote", "predict"))
+        assert (clone / "new.html").exists() and (clone / "predictions.csv").read_text().count("\n") == 16282
+    finally:
+        walk.end()
     Walk(clone).follow(BOOK / "tutorials/add_model.md")
 
 
@@ -141,7 +166,8 @@ def test_settings_and_commands_that_pages_show_exist():
         text = page.read_text()
         for variable in re.findall(r"DYNACONF_[A-Z_]+(?==)", text):
             assert variable in variables or variable == "DYNACONF_SECTION__KEY", f"{page}: {variable}"
-        for words in re.findall(r"income-mlops ([a-z][^`\n|#;&>]*)", "\n".join(b["text"] for b in BLOCK.finditer(text))):
+        shown = "\n".join(b["text"] for b in BLOCK.finditer(text) if b["kind"] in ("sh", "console", "ini"))
+        for words in re.findall(r"income-mlops ([a-z][^`\n|#;&>]*)", shown):
             command = main
             for word in words.split():
                 if hasattr(command, "commands") and word in command.commands:
@@ -157,8 +183,9 @@ def test_settings_and_commands_that_pages_show_exist():
 def site():
     "The book, built: warnings, broken links and failing notebooks are errors."
     done = subprocess.run(
-        ["jupyter-book", "build", ".", "--config", "book/_config.yml", "--toc", "book/_toc.yml", "--path-output", "book",
-         "--all", "--warningiserror", "--nitpick", "--keep-going", "--quiet"], cwd=ROOT, text=True, timeout=3000,
+        ["jupyter-book", "build", ".", "--config", "book/_config.yml", "--toc", "book/_toc.yml",
+         "--path-output", "book", "--all", "--warningiserror", "--nitpick", "--keep-going", "--quiet"],
+        cwd=ROOT, text=True, timeout=3000,
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
         env={**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"})
     assert done.returncode == 0, done.stdout[-5000:]
@@ -237,5 +264,6 @@ def test_notebooks_of_the_book_hold_no_outputs():
 
 
 def test_a_page_is_read_as_it_is_meant():
-    text = "```console\n$ a \\\n> b\nx…\n$ c\n```\n\n```{code-block} python\n:caption: m.py\nz = 1\n```\n\n```sh\nno\n```\n"
+    text = ("```console\n$ a \\\n> b\nx…\n$ c\n```\n\n```{code-block} python\n:caption: m.py\nz = 1\n```\n\n"
+            "```sh\nno\n```\n")
     assert list(steps(text)) == [("command", "a \\\nb", "x…"), ("command", "c", ""), ("file", "m.py", "z = 1\n")]

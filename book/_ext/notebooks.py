@@ -79,10 +79,11 @@ def depends_on(cells: list[dict[str, Any]]) -> str:
     "A digest of everything but the cells that decides what they print."
     code = "\n".join("".join(c["source"]) for c in cells if c["cell_type"] == "code")
     # A command line or a pipeline is the whole package.
-    whole = re.search(r"income_mlops\.cli|\bpipelines\b|^\s*[!%]", code, re.MULTILINE)
+    whole = re.search(r"income_mlops\.cli|\bpipelines\b|^\s*(!|%%(ba)?sh)", code, re.MULTILINE)
     names = {p.stem for p in PACKAGE.glob("*.py")} if whole else closure(
         {m for c in cells if c["cell_type"] == "code" for m in imported("".join(c["source"]))})
-    files = [*(PACKAGE / f"{n}.py" for n in sorted(names)), ROOT / "settings.ini", *sorted((ROOT / "data").glob("*.csv"))]
+    files = [ROOT / "settings.ini", *sorted((ROOT / "data").glob("*.csv")),
+             *(PACKAGE / f"{n}.py" for n in sorted(names))]
     if whole:
         files += sorted((ROOT / "nbs/pipelines").glob("*.ipynb"))
     versions = libraries("\n".join([code, *(f.read_text() for f in files if f.suffix == ".py")]))
