@@ -80,8 +80,8 @@ class Walk:
                 elif part.endswith("…") and len(part) == 5:
                     pattern += "([0-9a-f]{4}).*?"
                     names.append(part[:4])
-                else:
-                    pattern += re.escape(part)
+                else:  # tables are as wide as their longest word
+                    pattern += re.sub(r"(?:\\ ){2,}", r" {2,}", re.escape(part))
             pattern += r" *\n"
         match = re.fullmatch(pattern, found if found.endswith("\n") or not found else found + "\n")
         if os.environ.get("BOOK_RECORD"):
