@@ -120,6 +120,7 @@ def test_another_table_by_settings_alone(tmp_path):
 
 
 @pytest.mark.full
+@pytest.mark.timeout(1800)
 def test_retrain_on_new_data(tmp_path):
     Walk(tmp_path).follow(BOOK / "tutorials/retrain.md")
 
