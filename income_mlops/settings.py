@@ -163,7 +163,7 @@ class Drift(Section):
     domain_rows: Annotated[int, Field(ge=100)] = 5_000
     "Rows of either table that this model sees at most."
 
-# %% ../nbs/00_settings.ipynb #f1c22755
+# %% ../nbs/00_settings.ipynb #bb51dec2
 class Service(Section):
     host: str = "127.0.0.1"
 
@@ -217,8 +217,6 @@ class Dashboard(Service):
 
 class Docs(Service):
     port: Port = 8000
-    path: Path = Path("book/_build/html")
-    "The built book (`make book`); `up` serves it if it is there."
 
 # %% ../nbs/00_settings.ipynb #9709b557
 class Settings(Section):
