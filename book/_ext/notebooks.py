@@ -161,7 +161,9 @@ def use_own_state(app: Any, config: Any) -> None:
     app._state_of_the_book = state  # lives as long as the build
     kernel = Path(state.name, "ipython/profile_default/ipython_kernel_config.py")
     kernel.parent.mkdir(parents=True)
-    kernel.write_text("c.IPKernelApp.log_level = 40\n")  # else each kernel warns of its transport
+    # Else each kernel warns of its transport, and commands that are tried in a page write past their caller.
+    kernel.write_text("c.IPKernelApp.log_level = 40\n"
+                      "c.IPKernelApp.exec_lines = ['import rich.console as _r; _r._is_jupyter = lambda: False']\n")
     os.environ |= {"IPYTHONDIR": f"{state.name}/ipython", "DYNACONF_PATHS__STATE": f"{state.name}/var",
                    "DYNACONF_PATHS__REPORTS": f"{state.name}/reports", "MLFLOW_DISABLE_TELEMETRY": "true",
                    "GIT_PYTHON_REFRESH": "quiet", "COLUMNS": "100",
