@@ -6,19 +6,18 @@
 __all__ = ['USAGE', 'UNUSABLE', 'INTERRUPTED', 'CLEAN', 'WARNINGS', 'ERRORS', 'Commands', 'main', 'up', 'serve', 'train',
            'analyze', 'models', 'promote', 'predict', 'settings']
 
-# %% ../nbs/50_cli.ipynb #cee769ce
+# %% ../nbs/50_cli.ipynb #a3da9f87
 import json
 import os
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import Any, NoReturn
 
 import click
 
-from . import cli_dashboard, cli_data, cli_jobs
-
-if TYPE_CHECKING:
-    from income_mlops.settings import Settings
+from . import cli_dashboard, cli_data, cli_jobs, cli_state
+from .cli_runs import diff, replay
+from .console import project as _settings, quiet as _quiet
 
 # %% ../nbs/50_cli.ipynb #024c2dec
 USAGE, UNUSABLE, INTERRUPTED = 2, 3, 130
@@ -67,7 +66,7 @@ class Commands(click.Group):
                 raise
             _fail(_message(e), _code(e))
 
-# %% ../nbs/50_cli.ipynb #ff6dfbc7
+# %% ../nbs/50_cli.ipynb #9687c4d8
 @click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
              epilog="Exit codes: 0 success, 1 error, 2 wrong usage, 3 unusable input, 130 interrupted.")
 @click.option("--settings", "file", metavar="FILE", type=click.Path(path_type=Path, exists=True, dir_okay=False),
@@ -90,19 +89,6 @@ def main(ctx: click.Context, file: Path | None, debug: bool) -> None:
         ctx.command.debug = debug
     if file:  # in the environment, so that kernels and services started from here read the same file
         os.environ["INCOME_MLOPS_SETTINGS"] = str(file.resolve())
-
-
-def _settings() -> "Settings":
-    from income_mlops.settings import load_settings
-    return load_settings()
-
-
-def _quiet() -> None:
-    "MLflow speaks to developers; a command speaks to its user."
-    for name, value in (("MLFLOW_DISABLE_TELEMETRY", "true"), ("GIT_PYTHON_REFRESH", "quiet"),
-                        ("MLFLOW_LOGGING_LEVEL", "WARNING"), ("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true"),
-                        ("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")):
-        os.environ.setdefault(name, value)
 
 # %% ../nbs/50_cli.ipynb #ef26060b
 @main.command()
@@ -298,12 +284,14 @@ def predict(file: Path, out: Path | None, keep: bool, chunk_rows: int) -> None:
     if out:
         click.echo(f"{rows:,} rows → {out}", err=True)
 
-# %% ../nbs/50_cli.ipynb #8318105d
+# %% ../nbs/50_cli.ipynb #393b2005
 main.add_command(cli_jobs.jobs)
 main.add_command(cli_jobs.worker)
+main.add_command(cli_state.backup)
+main.add_command(cli_state.restore)
 main.add_command(cli_dashboard.dashboard)
 
-# %% ../nbs/50_cli.ipynb #abd84d4a
+# %% ../nbs/50_cli.ipynb #1cb919c9
 @main.command()
 @click.option("--json", "as_json", is_flag=True, help="For programs.")
 def settings(as_json: bool) -> None:
@@ -314,7 +302,7 @@ def settings(as_json: bool) -> None:
     \b
       DYNACONF_SERVING__PORT=9000 income-mlops settings
     """
-    from income_mlops.settings import effective
+    from income_mlops.origins import effective
     rows = effective(_settings())
     if as_json:
         click.echo(json.dumps([{"key": k, "value": v, "origin": o} for k, v, o in rows], indent=2, default=str))
@@ -330,6 +318,9 @@ def settings(as_json: bool) -> None:
 main.add_command(cli_data.upload)
 main.add_command(cli_data.datasets)
 
-# %% ../nbs/50_cli.ipynb #3b39cd89
+# %% ../nbs/50_cli.ipynb #299da941
+main.add_command(diff)
+main.add_command(replay)
+
 if __name__ == "__main__" and "__file__" in globals():
     main(prog_name="income-mlops")

@@ -153,7 +153,7 @@ def _lines(rows: list[dict[str, Any]]) -> None:
 
 @click.group()
 def datasets() -> None:
-    "List versions and uploads, go back to a version, delete an upload."
+    "List versions and uploads, go back, delete an upload."
 
 
 @datasets.command("list")

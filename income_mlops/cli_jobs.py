@@ -43,7 +43,7 @@ def worker(with_parent: bool) -> None:
     from income_mlops.worker import work
     work(settings, with_parent)
 
-# %% ../nbs/49b_cli_jobs.ipynb #d003af42
+# %% ../nbs/49b_cli_jobs.ipynb #fcd06f1f
 @contextmanager
 def own_worker(
     settings: "Settings",
@@ -58,7 +58,7 @@ def own_worker(
         pause = delay
         while not over.wait(pause):
             child = subprocess.Popen(command, stdin=subprocess.DEVNULL, start_new_session=True,  # Ctrl-C is for us
-                                     env={**os.environ, FILE_VARIABLE: str(settings.root / "settings.ini")})
+                                     env={**os.environ, FILE_VARIABLE: str(settings.file)})
             children[:] = [child]
             while child.poll() is None and not over.wait(0.2):
                 pass

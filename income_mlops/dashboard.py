@@ -128,8 +128,8 @@ class DashboardError(RuntimeError):
     "The dashboard cannot start; the message is one line."
 
 
-UNWANTED = ("@voila-dashboards/jupyterlab-preview", "jupyterlab-plotly", "jupyterlab_pygments")
-"Extensions of JupyterLab that would only make the page slower."
+UNWANTED = ("@voila-dashboards/jupyterlab-preview", "jupyterlab-plotly", "jupyterlab_pygments", "nbdime-jupyterlab")
+"Extensions of JupyterLab that make the page slower, or expect the whole of JupyterLab around them."
 
 
 def notebook(settings: Settings) -> Path:

@@ -77,7 +77,7 @@ def _problem(error: Exception) -> dict[str, Any]:
     return {"kind": kind, "message": said, "column": getattr(error, "column", None),
             "line": getattr(error, "line", None)}
 
-# %% ../nbs/46a_errands.ipynb #9b95be07
+# %% ../nbs/46a_errands.ipynb #6580cc4c
 IDLE = 60.0  # seconds without an errand after which a helper ends
 KEPT = 400 * 2**20  # bytes of memory above which a helper is not kept
 
@@ -94,8 +94,11 @@ def _be_humble(memory: int) -> None:
 
 
 def _has_grown() -> bool:
-    import resource
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1024 if sys.platform != "darwin" else 1) > KEPT
+    status = Path("/proc/self/status")  # not getrusage: its peak is also that of the process that started this one
+    if not status.exists():
+        return True
+    peak = next(line for line in status.read_text().splitlines() if line.startswith("VmHWM:"))
+    return int(peak.split()[1]) * 1024 > KEPT
 
 
 def _serve() -> None:
@@ -134,7 +137,7 @@ class _Helper:
         self.process = subprocess.Popen([sys.executable, "-m", "income_mlops.errands"], stdin=subprocess.PIPE,
                                         stdout=subprocess.PIPE, env=env, text=True, encoding="utf-8")
         self.used = False
-        told = settings.model_dump(mode="json")
+        told = settings.model_dump(mode="json") | {"file": str(settings.file)}
         told["serving"]["api_key"] = ""  # no business of a helper
         self._say({"settings": told})
 

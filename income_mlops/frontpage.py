@@ -12,10 +12,10 @@ from pathlib import Path
 from .canvas import CHART_CSS, PALETTE
 from .look import BASE_CSS, NARROW_CSS, PARTS_CSS
 
-# %% ../nbs/47c_frontpage.ipynb #fcfe43ea
+# %% ../nbs/47c_frontpage.ipynb #a3d14b10
 WIDGET_CSS = """
 .dash{max-width:76rem;margin:0 auto!important;padding:1.6rem 1.25rem 3rem;width:100%;box-sizing:border-box;
-color:var(--ink);
+color:var(--ink)!important;
 font:16px/1.55 system-ui,-apple-system,"Segoe UI",Roboto,"Helvetica Neue",Arial,sans-serif;overflow:visible!important}
 .dash .widget-html,.dash .widget-html-content{line-height:1.5!important;font-size:1rem;color:var(--ink);height:auto;
 overflow:visible;margin:0;width:100%;align-self:stretch}.dash .widget-html>label{display:none}

@@ -105,7 +105,7 @@ def page(
                    flags=re.S | re.I)
     return Markup('<iframe sandbox srcdoc="{}" title="{}" tabindex="0"></iframe>').format(quiet, title)
 
-# %% ../nbs/47d_parts.ipynb #bdbc0a60
+# %% ../nbs/47d_parts.ipynb #7c81c851
 class Notice(w.HTML):
     "A sentence about what happened."
 
@@ -121,7 +121,7 @@ class Notice(w.HTML):
 
     @contextmanager
     def guard(self) -> Any:
-        "Problems inside become the notice; without one, an old notice goes."
+        "Problems inside become the notice."
         try:
             yield
         except Problem as e:
@@ -129,7 +129,7 @@ class Notice(w.HTML):
         except Exception as e:  # never a traceback in a visitor's page
             self.say(f"The dashboard has an error of its own ({type(e).__name__}: {legible(e, 200)}).", "error")
 
-# %% ../nbs/47d_parts.ipynb #8a179955
+# %% ../nbs/47d_parts.ipynb #23c4a44a
 class Shared:
     "The API, the visitor's key, and what was last heard of the service."
 
@@ -166,6 +166,7 @@ class Tab:
         self.shared, self.api, self.notice = shared, shared.api, Notice()
         self.view: w.Widget = box()
         self._seen: str | None = None
+        self._failed = False
 
     def load(self) -> None:
         "Ask the API and draw. May raise `Problem`."
@@ -178,10 +179,13 @@ class Tab:
         "The tab is in sight: draw it if something has changed."
         now = json.dumps(self.state(), default=str)
         if now != self._seen:
-            self._seen = None
+            self._seen, failed, said = None, self._failed, self.notice.value
+            self._failed = True
             with self.notice.guard():
                 self.load()
-                self._seen = now
+                self._seen, self._failed = now, False
+                if failed and self.notice.value == said:  # what is said about the last failure is over
+                    self.notice.clear()
 
     def pulse(self) -> None:
         "Every few seconds while the tab is in sight."

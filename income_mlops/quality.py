@@ -5,14 +5,14 @@
 # %% auto #0
 __all__ = ['quality']
 
-# %% ../nbs/10_quality.ipynb #ef391858
+# %% ../nbs/10_quality.ipynb #69d16f35
 from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 
 from .columns import ColumnProfile
-from .drift import Finding, chance, grade, listed, percent, respelled, shown, softened
+from .drift import Finding, chance, full, grade, listed, percent, respelled, shown, softened
 from .profile import Profile
 from .settings import Drift
 
@@ -57,7 +57,7 @@ def _one_sided(a: ColumnProfile, b: ColumnProfile, t: Drift) -> Iterator[Finding
                               + (", much as before." if same else "."),
                       advice="A nearly constant column helps a model little." if same else "Check its source.")
 
-# %% ../nbs/10_quality.ipynb #e6137d92
+# %% ../nbs/10_quality.ipynb #f738bb3a
 def _ranges(a: ColumnProfile, b: ColumnProfile, t: Drift) -> Iterator[Finding]:
     values, weights = b.points()
     low, high = float(a.minimum), float(a.maximum)  # type: ignore[arg-type]
@@ -65,10 +65,10 @@ def _ranges(a: ColumnProfile, b: ColumnProfile, t: Drift) -> Iterator[Finding]:
     if outside:
         yield Finding(check="range", column=a.name,
                       severity=grade(outside / b.present, t.outside_warning, t.outside_error) or "info",
-                      message=f"{percent(outside / b.present)} of '{a.name}' lies outside the old range {low:g} – "
-                              f"{high:g}: it now goes from {b.minimum:g} to {b.maximum:g}.",
+                      message=f"{percent(outside / b.present)} of '{a.name}' lies outside the old range "
+                              f"{full(low)} – {full(high)}: it now goes from {full(b.minimum)} to {full(b.maximum)}.",
                       advice="Check unit and source; a tree model answers as at the border.",
-                      code=f"table = table.filter(pl.col({a.name!r}).is_between({low:g}, {high:g}))",
+                      code=f"table = table.filter(pl.col({a.name!r}).is_between({full(low)}, {full(high)}))",
                       old=[a.minimum, a.maximum], new=[b.minimum, b.maximum])
     q1, q3 = a.quantiles([0.25, 0.75])
     fences = q1 - 3 * (q3 - q1), q3 + 3 * (q3 - q1)
@@ -82,7 +82,7 @@ def _ranges(a: ColumnProfile, b: ColumnProfile, t: Drift) -> Iterator[Finding]:
                           message=f"{percent(shares[1])} of '{a.name}' lies far outside the old quartiles "
                                   f"({percent(shares[0])} before).",
                           advice="Look at these rows; clip the column if they are mistakes.",
-                          code=f"table = table.with_columns(pl.col({a.name!r}).clip({fences[0]:g}, {fences[1]:g}))")
+                          code=f"table = table.with_columns(pl.col({a.name!r}).clip({', '.join(map(full, fences))}))")
 
 # %% ../nbs/10_quality.ipynb #0b80d4ab
 def _categories(a: ColumnProfile, b: ColumnProfile, t: Drift, target: bool) -> Iterator[Finding]:

@@ -6,7 +6,7 @@
 __all__ = ['logger', 'SILENCE', 'Execution', 'RunError', 'RunTimeout', 'RunStopped', 'RunUnrecorded', 'execute', 'end_processes',
            'reconcile']
 
-# %% ../nbs/39_runs.ipynb #853f7e71
+# %% ../nbs/39_runs.ipynb #bd878b17
 import logging
 import os
 import signal
@@ -26,7 +26,7 @@ from .session import NotebookError, Progress, Session
 from .settings import Settings
 from income_mlops.tracking import (
     TrackingError, connect, experiment_id, kernel_environment, log_notebook, now, persist, place_of_pids, provenance,
-    reach, set_tags, started, terminate,
+    reach, set_tags, shaping, started, terminate,
 )
 
 logger = logging.getLogger(__name__)
@@ -173,7 +173,7 @@ def execute(
         _finish(client, run, session, settings, path, error)
     return Execution(run_id, experiment, "FINISHED", session.output, session.output.with_suffix(".html"), effective)
 
-# %% ../nbs/39_runs.ipynb #715b5857
+# %% ../nbs/39_runs.ipynb #c6bac73b
 def _begin(client: Any, settings: Settings, name: str, parameters: dict[str, Any], tags: dict[str, str]) -> Any:
     "A new run with its parameters and tags."
     from mlflow.entities import Param
@@ -183,7 +183,8 @@ def _begin(client: Any, settings: Settings, name: str, parameters: dict[str, Any
     try:
         run = client.create_run(experiment_id(client, settings), run_name=name, tags=tags | here)
         client.log_batch(run.info.run_id, params=[Param(k, str(v)) for k, v in parameters.items()])
-    except MlflowException as e:
+        client.log_dict(run.info.run_id, shaping(settings), "settings.json")
+    except (MlflowException, OSError) as e:
         if run is not None:
             client.set_terminated(run.info.run_id, "FAILED")
         raise TrackingError(f"MLflow refuses a new run: {str(e).splitlines()[0]}") from e

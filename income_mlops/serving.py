@@ -232,7 +232,7 @@ def create_app(
     _describe(app, loader)
     return app
 
-# %% ../nbs/46_serving.ipynb #6f2a58bf
+# %% ../nbs/46_serving.ipynb #f9426a33
 class ServingError(RuntimeError):
     "The service cannot start; the message is one line."
 
@@ -293,7 +293,7 @@ def serve(
     logging.basicConfig(format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     logging.getLogger("income_mlops").setLevel(logging.INFO)
     config = uvicorn.Config(create_app(settings, *parts), access_log=False, log_level="warning", server_header=False,
-                            timeout_graceful_shutdown=5, http=_protocol())
+                            timeout_graceful_shutdown=5, http=_protocol(), root_path=settings.serving.root_path)
     host, bound = listening.getsockname()[:2]
     print(f"API: http://{f'[{host}]' if ':' in host else host}:{bound}", flush=True)
     try:

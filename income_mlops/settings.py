@@ -5,17 +5,16 @@
 # %% auto #0
 __all__ = ['Words', 'Port', 'Share', 'Seconds', 'Count', 'ENV_PREFIX', 'FILE_VARIABLE', 'Section', 'Paths', 'Columns', 'Dataset',
            'Preparation', 'Optimization', 'Runs', 'Jobs', 'Retraining', 'Drift', 'Service', 'MLflow', 'Serving',
-           'Uploads', 'Dashboard', 'Docs', 'Settings', 'SettingsError', 'find_settings', 'load_settings', 'effective']
+           'Uploads', 'Dashboard', 'Docs', 'Settings', 'SettingsError', 'find_settings', 'load_settings']
 
-# %% ../nbs/00_settings.ipynb #a4abee90
+# %% ../nbs/00_settings.ipynb #b0657861
 import os
-import re
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
-# %% ../nbs/00_settings.ipynb #3dee5a55
+# %% ../nbs/00_settings.ipynb #c99d4bc3
 class Section(BaseModel):
     "A part of the settings: unknown keys are errors, values never change."
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -33,6 +32,7 @@ Port = Annotated[int, Field(ge=1, le=65535)]
 Share = Annotated[float, Field(ge=0, le=1)]
 Seconds = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Count = Annotated[int, Field(ge=1)]
+_PREFIX = r"^(/[A-Za-z0-9._~-]+)*$"
 
 # %% ../nbs/00_settings.ipynb #d739205e
 class Paths(Section):
@@ -74,7 +74,7 @@ class Preparation(Section):
     drop_redundant: bool = True
     "Drop a column that another one determines one to one."
 
-# %% ../nbs/00_settings.ipynb #a747b6c1
+# %% ../nbs/00_settings.ipynb #b10415dc
 class Optimization(Section):
     n_trials: Count = 30
     initial_n_trials: Count = 3
@@ -96,6 +96,8 @@ class Runs(Section):
     "Seconds a whole notebook may take."
     heartbeat: Seconds = 5
     "Seconds between two signs of life."
+    register_models: bool = True
+    "Off: trainings are logged, but register no model version. So a run is replayed without a trace in the registry."
     end_timeout: Seconds = 60
     "Seconds to try telling MLflow that a notebook has ended, while it does not answer."
 
@@ -163,7 +165,7 @@ class Drift(Section):
     domain_rows: Annotated[int, Field(ge=100)] = 5_000
     "Rows of either table that this model sees at most."
 
-# %% ../nbs/00_settings.ipynb #bb51dec2
+# %% ../nbs/00_settings.ipynb #d3168dda
 class Service(Section):
     host: str = "127.0.0.1"
 
@@ -173,6 +175,14 @@ class MLflow(Service):
     "Empty: SQLite under the state folder, no server."
     experiment_name: str = Field(default="income-mlops", min_length=1)
     port: Port = 5000
+    static_prefix: Annotated[str, Field(pattern=_PREFIX)] = ""
+    "Path of its pages and routes behind a gateway, such as `/mlflow`."
+    allowed_hosts: Words = ("127.0.0.1", "localhost")
+    "Names the server may be called by, with any port; pages of these names may write. Not the clients' business."
+    serve_artifacts: bool = False
+    "Hand out new experiments' artifacts over HTTP, for clients on other machines, instead of as files of this one."
+    authentication: bool = False
+    "Ask for a name and a password (MLflow's `basic-auth`); the first ones come from `MLFLOW_AUTH_ADMIN_…`."
 
 
 class Serving(Service):
@@ -193,6 +203,8 @@ class Serving(Service):
     "Empty: generated into the state folder on first start."
     allowed_hosts: Words = ("127.0.0.1", "localhost", "[::1]")
     "Names this service may be called by, with a port or for any port; `*` for all."
+    root_path: Annotated[str, Field(pattern=_PREFIX)] = ""
+    "Path that a gateway takes off before it passes a request on, such as `/api`: addresses in answers begin with it."
 
 
 class Uploads(Section):
@@ -218,11 +230,13 @@ class Dashboard(Service):
 class Docs(Service):
     port: Port = 8000
 
-# %% ../nbs/00_settings.ipynb #9709b557
+# %% ../nbs/00_settings.ipynb #69fe37cf
 class Settings(Section):
     "Effective settings of one project folder."
     root: Path
-    "The folder of `settings.ini`."
+    "The folder of the settings file."
+    file: Path = Field(exclude=True, repr=False)
+    "The settings file, for the processes that are started with the same settings."
     models: Annotated[Words, Field(min_length=1)] = ("XGBoost", "RandomForest")
     "Model families to train: names known to `ModelFactory`, or `package.module:Class`."
     backend_url: str = "http://127.0.0.1:8080"
@@ -287,23 +301,31 @@ def find_settings(
             return folder / "settings.ini"
     raise SettingsError(f"no settings.ini in {here} or above it")
 
-# %% ../nbs/00_settings.ipynb #ff692b6c
+# %% ../nbs/00_settings.ipynb #f25c6c7e
 def _lowered(tree: Any) -> Any:
     return {k.lower(): _lowered(v) for k, v in tree.items()} if isinstance(tree, dict) else tree
+
+
+def _over(below: Any, above: Any) -> Any:
+    "Two layers: tables are merged, whatever else the upper one has takes the place of the lower one's."
+    if not (isinstance(below, dict) and isinstance(above, dict)):
+        return above
+    return below | {key: _over(below.get(key), value) for key, value in above.items()}
 
 
 def _layers(file: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     "What the file says, and what file and environment say together."
     from dynaconf import Dynaconf
     try:
-        options: dict[str, Any] = {"settings_files": [str(file)], "merge_enabled": True}
-        alone = Dynaconf(**options, loaders=[]).as_dict()
-        merged = Dynaconf(**options, envvar_prefix=ENV_PREFIX).as_dict()
+        # not `merge_enabled`: it would also append a list of the environment to the file's
+        alone = Dynaconf(settings_files=[str(file)], loaders=[]).as_dict()
+        merged = Dynaconf(settings_files=[str(file)], envvar_prefix=ENV_PREFIX).as_dict()
     except Exception as e:  # configobj and dynaconf each have their own errors
         raise SettingsError(f"{file.name}: {' '.join(str(e).split())}") from e
-    return _lowered({k: v for k, v in alone.items() if k != "LOADERS"}), _lowered(merged)
+    below = _lowered({k: v for k, v in alone.items() if k != "LOADERS"})
+    return below, _over(below, _lowered(merged))
 
-# %% ../nbs/00_settings.ipynb #f13d3512
+# %% ../nbs/00_settings.ipynb #65526301
 def load_settings(
     file: Path | str | None = None,  # a settings.ini; default: `find_settings()`
 ) -> Settings:
@@ -313,38 +335,6 @@ def load_settings(
         raise SettingsError(f"no such settings file: {file}")
     _, values = _layers(file)
     try:
-        return Settings.model_validate({**values, "root": file.parent})
+        return Settings.model_validate({**values, "root": file.parent, "file": file})
     except ValidationError as e:
         raise SettingsError(_explain(e, file)) from None
-
-# %% ../nbs/00_settings.ipynb #ed954210
-def _leaves(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, value in tree.items():
-        flat |= _leaves(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
-    return flat
-
-
-def _from_environment(key: str) -> str | None:
-    "The variable that sets `key` or the section it is in."
-    words = key.upper().split(".")
-    names = {"__".join([f"{ENV_PREFIX}_{words[0]}", *words[1:n]]) for n in range(1, len(words) + 1)}
-    return next((v for v in os.environ if v.upper() in names), None)
-
-# %% ../nbs/00_settings.ipynb #7b3aa743
-def effective(
-    settings: Settings,
-) -> list[tuple[str, Any, str]]:
-    "Every key with its value and origin: an environment variable, the file, or `default`. Secrets are masked."
-    file = find_settings(settings.root)
-    written = _leaves(_layers(file)[0])
-    rows = []
-    for key, value in _leaves(settings.model_dump(exclude={"root"})).items():
-        origin = _from_environment(key) or (file.name if key in written else "default")
-        rows.append((key, "********" if key.endswith("api_key") and value else _without_password(value), origin))
-    return rows
-
-
-def _without_password(value: Any) -> Any:
-    "An address may hold one: `postgresql://user:password@host`."
-    return re.sub(r"(://[^:/@]*):[^@/]*@", r"\1:********@", value) if isinstance(value, str) else value

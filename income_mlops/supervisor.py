@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['services', 'up']
 
-# %% ../nbs/49_supervisor.ipynb #d61eb486
+# %% ../nbs/49_supervisor.ipynb #16d7162a
 import json
 import os
 import sys
@@ -16,28 +16,21 @@ from contextlib import contextmanager
 from importlib.util import find_spec
 from typing import Any
 
-from . import docs
+from . import docs, mlserver
 from .jobs import Job, Queue
 from .processes import Service, Stopped, Supervisor, answers, check_ports, signals
 from .registry import registered_name
 from .settings import FILE_VARIABLE, Settings
 
-# %% ../nbs/49_supervisor.ipynb #c1704975
+# %% ../nbs/49_supervisor.ipynb #f8e60018
 def _is_server(uri: str) -> bool:
     return uri.startswith(("http://", "https://"))
 
 
 def _tracking(settings: Settings) -> Service:
-    host, port = settings.mlflow.host, settings.mlflow.port
-    names = dict.fromkeys(("127.0.0.1", "localhost", host))
-    return Service(
-        "MLflow", (sys.executable, "-m", "mlflow", "server", "--host", host, "--port", str(port), "--workers", "1",
-                   "--backend-store-uri", settings.tracking_uri,
-                   "--default-artifact-root", (settings.state / "artifacts").as_uri(),
-                   "--artifacts-destination", (settings.state / "artifacts").as_uri(),
-                   "--allowed-hosts", ",".join(f"{n},{n}:*" for n in names)),
-        host, port, "mlflow.port", patience=180,
-        environment={"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"})
+    return Service("MLflow", mlserver.command(settings), settings.mlflow.host, settings.mlflow.port, "mlflow.port",
+                   health=f"{settings.mlflow.static_prefix}/health", patience=180,
+                   environment=mlserver.environment(settings))
 
 
 def services(
@@ -63,8 +56,10 @@ def _dashboard(settings: Settings) -> Service:
 def _environment(settings: Settings, listed: Sequence[Service]) -> dict[str, str]:
     "What every child is told: the settings in force, and the tracking server, which it reaches without a proxy."
     own = {s.name: s.url for s in listed}
+    if "MLflow" in own:
+        own["MLflow"] += settings.mlflow.static_prefix
     local = [*filter(None, os.environ.get("NO_PROXY", "").split(",")), "127.0.0.1", "localhost", "::1"]
-    return {FILE_VARIABLE: os.environ.get(FILE_VARIABLE) or str(settings.root / "settings.ini"),
+    return {FILE_VARIABLE: str(settings.file),
             "DYNACONF_MLFLOW__TRACKING_URI": own.get("MLflow", settings.tracking_uri),
             "DYNACONF_BACKEND_URL": own.get("the API", settings.backend_url),
             "NO_PROXY": ",".join(local), "no_proxy": ",".join(local),
@@ -87,7 +82,7 @@ def _phase(name: str, say: Callable[[str], Any]) -> Iterator[list[str]]:
 def _say(text: str) -> None:
     print(text, end="", flush=True)
 
-# %% ../nbs/49_supervisor.ipynb #18b54a86
+# %% ../nbs/49_supervisor.ipynb #082292fd
 def _start(service: Service, supervisor: Supervisor, say: Callable[[str], Any]) -> None:
     with _phase(service.name, say) as words:
         supervisor.wait(supervisor.start(service.name, service.command, service.environment), service)
@@ -132,6 +127,8 @@ def up(
     "Start everything, watch it, and stop it when asked to. `ServiceError` if something cannot start or dies."
     listed = services(settings)
     check_ports(listed)
+    if settings.mlflow.authentication:
+        mlserver.write_authentication(settings)
     names = [s.name for s in listed]
     api = listed[names.index("the API")]
     tracking, pages = listed[:names.index(api.name)], listed[names.index(api.name) + 1:]

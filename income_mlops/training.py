@@ -62,7 +62,7 @@ def requirements() -> list[str]:
             continue  # one of the two xgboosts is always missing
     return pins
 
-# %% ../nbs/34_training.ipynb #3b1afe9a
+# %% ../nbs/34_training.ipynb #140925b4
 class Trainer:
     "Tunes, evaluates and registers the families of one training, inside an active MLflow run."
 
@@ -85,8 +85,17 @@ class Trainer:
         self.schema = self.dataset.schema
         train = self.dataset.train
         self.X, self.y = to_frame(train, self.schema), to_labels(train, self.schema)
+        self._holdout: tuple[pd.DataFrame, Array] | None = None
         factory = ModelFactory(self.settings, self.schema)
         self.candidates = [Candidate(m) for m in factory.make_all(models)]
+
+    @property
+    def holdout(self) -> tuple[pd.DataFrame, Array]:
+        "The current hold-out, (n, features) and (n,) labels; read once, when the first model meets it."
+        if self._holdout is None:
+            rows = self.dataset.holdout
+            self._holdout = to_frame(rows, self.schema), to_labels(rows, self.schema)
+        return self._holdout
 
     @contextmanager
     def nested(self, candidate: Candidate) -> Iterator[str]:
@@ -161,7 +170,7 @@ def tune(
     candidate.tuned = tuned
     return tuned
 
-# %% ../nbs/34_training.ipynb #31429f89
+# %% ../nbs/34_training.ipynb #4d0db24a
 def evaluate(
     trainer: Trainer,
     candidate: Candidate,
@@ -170,8 +179,7 @@ def evaluate(
     import mlflow
     tuned, schema = candidate.result, trainer.schema
     candidate.pipeline = candidate.model.fit(trainer.X, trainer.y, tuned.params, tuned.rounds)
-    holdout = trainer.dataset.holdout
-    X, y = to_frame(holdout, schema), to_labels(holdout, schema)
+    X, y = trainer.holdout
     p = candidate.probabilities = candidate.pipeline.predict_proba(X)[:, 1].astype(np.float64)
     first, threshold = trainer.dataset.manifest.original_holdout_rows, trainer.settings.serving.threshold
     result = candidate.evaluation = {
@@ -181,7 +189,7 @@ def evaluate(
         "current": evaluation.metrics(y, p, threshold),
         "curves": evaluation.curves(y, p),
         "importances": evaluation.importances(candidate.pipeline, X, y),
-        "fairness": fairness(trainer.settings, y, p, holdout, threshold),
+        "fairness": fairness(trainer.settings, y, p, trainer.dataset.holdout, threshold),
     }
     with trainer.nested(candidate):
         mlflow.log_metrics({f"holdout_{k}": v for k, v in result["original"].items()})
@@ -243,7 +251,7 @@ def example_rows(
     drawn = trainer.dataset.holdout.head(rows).select(names).to_dicts()
     return [{k: int(v) if k in whole and v is not None else v for k, v in row.items()} for row in drawn]
 
-# %% ../nbs/34_training.ipynb #ccd0dc2e
+# %% ../nbs/34_training.ipynb #5c92c769
 def best(trainer: Trainer) -> Candidate:
     "The candidate with the lowest cross-validated log loss."
     return min(trainer.candidates, key=lambda c: c.result.log_loss)
@@ -262,8 +270,7 @@ def against_champion(
     else:
         with tempfile.TemporaryDirectory() as d:
             served = registry.load_pipeline(registry.download_model(trainer.settings, champion, Path(d)))
-        holdout = trainer.dataset.holdout
-        X, y = to_frame(holdout, trainer.schema), to_labels(holdout, trainer.schema)
+        X, y = trainer.holdout
         old = served.predict_proba(X)[:, 1]
         result = {"challenger": challenger.name, "champion": f"{champion.family} version {champion.version}",
                   **evaluation.compare(y, challenger.probabilities, old, seed=trainer.settings.optimization.seed)}
@@ -275,6 +282,8 @@ def against_champion(
 def register(
     trainer: Trainer,
 ) -> list[Any]:
-    "One new version per candidate, each with alias `newest`; safe to repeat."
+    "One new version per candidate, each with alias `newest`; safe to repeat. None if `runs.register_models` is off."
+    if not trainer.settings.runs.register_models:
+        return []
     return [registry.register(trainer.settings, c.run_id, c.model_uri, c.name, trainer.dataset.id, trainer.job or None)
             for c in trainer.candidates]

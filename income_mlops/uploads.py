@@ -6,7 +6,7 @@
 __all__ = ['T', 'Unknown', 'Upload', 'Deletion', 'desk', 'prepare', 'publish', 'receive', 'listed', 'load', 'deletions', 'delete',
            'expire', 'sweep', 'settle']
 
-# %% ../nbs/06b_uploads.ipynb #c31dce5e
+# %% ../nbs/06b_uploads.ipynb #db3f8bc4
 import fcntl
 import json
 import os
@@ -14,7 +14,7 @@ import re
 import shutil
 import tempfile
 from collections.abc import Callable, Container, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import TypeVar
@@ -193,13 +193,17 @@ def receive(
         prepare(settings, Path(path), name, by, folder)
         return publish(settings, folder, lambda upload, new: (upload, new))
 
-# %% ../nbs/06b_uploads.ipynb #a8c425ad
+# %% ../nbs/06b_uploads.ipynb #e832c01b
 def listed(
     settings: Settings,
 ) -> list[Upload]:
     "Every upload, latest first."
-    found = [f.parent for f in _store(settings).glob("[!.]*/manifest.json") if not (f.parent / "pending").exists()]
-    return sorted(map(_read, found), key=lambda u: (u.received, u.id), reverse=True)
+    found = []
+    for file in _store(settings).glob("[!.]*/manifest.json"):
+        with suppress(FileNotFoundError):  # deleted at this moment
+            if not (file.parent / "pending").exists():
+                found.append(_read(file.parent))
+    return sorted(found, key=lambda u: (u.received, u.id), reverse=True)
 
 
 def load(

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['logger', 'may_pass', 'give_way', 'bounded', 'Lost', 'Attempt', 'Worker', 'clear_halves', 'work']
 
-# %% ../nbs/40d_worker.ipynb #68ca59a1
+# %% ../nbs/40d_worker.ipynb #1c31fdd6
 import logging
 import os
 import shutil
@@ -13,6 +13,7 @@ import signal
 import sys
 import threading
 import time
+from contextlib import suppress
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -70,7 +71,7 @@ def bounded(
         f"{ENV_PREFIX}_OPTIMIZATION__THREADS": str(threads),
         "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "5", "MLFLOW_HTTP_REQUEST_TIMEOUT": "30"}  # by default a quarter of an hour
 
-# %% ../nbs/40d_worker.ipynb #bedcb3b8
+# %% ../nbs/40d_worker.ipynb #dc2a7275
 class Lost(Exception):
     "The job was taken away from this worker."
 
@@ -99,6 +100,10 @@ class Attempt(threading.Thread):
 
     def end(self, reason: str) -> None:
         "Ask for an early end; the first reason counts."
+        if not self.reason and self.native_id is not None and hasattr(os, "SCHED_OTHER"):
+            # Out of the idle class, or a busy machine would make the end of it wait, and who waits for that end.
+            with suppress(OSError):
+                os.sched_setscheduler(self.native_id, os.SCHED_OTHER, os.sched_param(0))
         self.reason = self.reason or reason
         self.cancel.set()
 
@@ -130,11 +135,11 @@ class Attempt(threading.Thread):
         elif now - self.began > limits.timeout:
             self.end("timeout")
 
-# %% ../nbs/40d_worker.ipynb #e768d28f
+# %% ../nbs/40d_worker.ipynb #9573cef0
 class Worker:
     "Takes jobs until it is asked to stop."
     POLL = 0.5  # seconds between two looks at an empty queue; four times as many while something is away
-    PATIENCE = 7.0  # seconds for a job to end in order when the worker is to stop
+    PATIENCE = 5.0  # seconds for a job to end in order when the worker is to stop
 
     def __init__(self, settings: Settings, parent: int | None = None):
         self.settings, self.queue = settings, WorkerQueue(settings, worker_name())

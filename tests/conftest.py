@@ -1,12 +1,12 @@
 """What holds for every test: a clean environment, no network, and in CI no skipping."""
 import ipaddress
 import os
-import socket
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import helpers
 import pytest
 
 ROOT = Path(__file__).parent.parent
@@ -43,11 +43,7 @@ def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) ->
 @pytest.fixture
 def free_port() -> Callable[[], int]:
     "A function that finds a port nobody listens on."
-    def find() -> int:
-        with socket.socket() as s:
-            s.bind(("127.0.0.1", 0))
-            return int(s.getsockname()[1])
-    return find
+    return helpers.free_port
 
 
 @pytest.fixture

@@ -152,6 +152,3 @@ def wait_until(condition: Callable[[], Any], seconds: float = 30) -> Any:
         assert time.monotonic() < end, f"waited {seconds} s; {told!r}"
         time.sleep(0.05)
     return told
-
-
-

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+from helpers import wait_for
 
 from income_mlops import registry
 from income_mlops.data import Schema, conform, learn_schema, read_table
@@ -103,19 +104,6 @@ def copy_store(template: Settings, folder: Path, **serving: Any) -> Settings:
     settings.state.mkdir(parents=True)
     shutil.copy(template.state / "mlflow.db", settings.state / "mlflow.db")
     return settings
-
-
-def wait_for(condition: Any, seconds: float = 20, what: str = "") -> Any:
-    """The first true answer of `condition`, asked again and again."""
-    end = time.monotonic() + seconds
-    while True:
-        try:
-            if answer := condition():
-                return answer
-        except httpx.TransportError:
-            pass
-        assert time.monotonic() < end, f"waited {seconds} s for {what or condition}"
-        time.sleep(0.05)
 
 
 class Api:

@@ -38,7 +38,7 @@ def there(trained, monkeypatch):
 
 # ── what a newcomer sees ──────────────────────────────────────────────────────────────────────────────────────────────
 
-COMMANDS = ["up", "serve", "train", "analyze", "models", "promote", "predict", "settings"]
+COMMANDS = ["up", "serve", "train", "analyze", "models", "promote", "predict", "settings", "diff", "replay"]
 
 
 def test_help_lists_every_command():

@@ -151,3 +151,9 @@ def test_pictures_are_shares_and_few(train: pl.DataFrame) -> None:
         assert len(d.labels) == len(d.old) == len(d.new) <= 21
         assert sum(d.old) == pytest.approx(1) and sum(d.new) == pytest.approx(1)
         assert len(d.edges) == (len(d.labels) + 1 if d.kind == "number" else 0)
+
+
+def test_limits_keep_all_their_digits():
+    from income_mlops.drift import full, shown
+    assert [full(v) for v in (1484705.0, -3.0, 0.25, 1 / 3)] == ["1484705", "-3", "0.25", "0.3333333333333333"]
+    assert [shown(v) for v in (1484705.0, 1 / 3, "x")] == ["1484705", "0.333333", "x"]

@@ -172,7 +172,7 @@ def test_hooks_refuse(clone):
     "A cell that was not exported, an output, a large file, a key, a conflict."
     notebook = clone / "nbs/01_data.ipynb"
     content = json.loads(notebook.read_text())
-    cell = next(c for c in content["cells"] if "".join(c["source"]).startswith("#| export\nMAX_CATEGORIES"))
+    cell = next(c for c in content["cells"] if "".join(c["source"]).startswith("#| export\n"))
     cell["source"].append("\nAT_MOST = 5")
     notebook.write_text(json.dumps(content, indent=1, ensure_ascii=False, sort_keys=True) + "\n")
     (clone / "large.bin").write_bytes(os.urandom(5_200_000))

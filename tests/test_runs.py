@@ -4,7 +4,6 @@ import os
 import re
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import threading
@@ -14,6 +13,7 @@ from pathlib import Path
 
 import nbformat
 import pytest
+from helpers import free_port, wait_for
 
 from income_mlops.parameters import ParameterError
 from income_mlops.runs import RunError, RunStopped, RunTimeout, RunUnrecorded, execute, reconcile
@@ -53,9 +53,7 @@ class Server:
 
     def __init__(self, folder):
         self.folder, self.process = folder, None
-        with socket.socket() as s:
-            s.bind(("127.0.0.1", 0))
-            self.port = s.getsockname()[1]
+        self.port = free_port()
         self.uri = f"http://127.0.0.1:{self.port}"
 
     def start(self):
@@ -78,15 +76,6 @@ def new_project(folder, uri=""):
     for file in NOTEBOOKS.glob("*.ipynb"):
         shutil.copy(file, folder)
     return load_settings(folder / "settings.ini")
-
-
-def wait_for(what, seconds=60.0, message=""):
-    "The first true value of `what()`."
-    until = time.monotonic() + seconds
-    while not (value := what()):
-        assert time.monotonic() < until, f"waited {seconds} s: {message}"
-        time.sleep(0.05)
-    return value
 
 
 def with_runs(settings, **changes):
@@ -166,6 +155,14 @@ def assert_ended(client, run_id, status, children=()):
 
 def artifact(client, run_id, suffix, folder):
     return Path(client.download_artifacts(run_id, f"notebook/behave.{suffix}", str(folder))).read_text()
+
+
+def test_a_kernel_reads_the_very_file_that_its_settings_came_from(project, tmp_path):
+    other = project.root / "other.ini"
+    other.write_text((project.root / "settings.ini").read_text() + "[optimization]\nseed = 77\n")
+    execute("behave.ipynb", {"folder": str(tmp_path)}, load_settings(other), progress=False)
+    env = kernel_of(tmp_path)["env"]
+    assert env["INCOME_MLOPS_SETTINGS"] == str(other) and env["PYTHONHASHSEED"] == "77"
 
 
 @pytest.mark.parametrize("store", ["project", "remote"])

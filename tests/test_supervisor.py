@@ -13,19 +13,12 @@ from pathlib import Path
 import psutil
 import pytest
 from cli_helpers import income_mlops, register_small_model
+from helpers import wait_for
 
 from income_mlops.processes import Service, ServiceError, Supervisor, check_ports
 from income_mlops.supervisor import services
 
 STOP = 15  # seconds in which everything must be gone
-
-
-def wait_for(condition, seconds: float, what: str):
-    until = time.monotonic() + seconds
-    while not (found := condition()):
-        assert time.monotonic() < until, f"{what}: not within {seconds} s"
-        time.sleep(0.1)
-    return found
 
 
 def get(url: str) -> dict:

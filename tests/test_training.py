@@ -11,7 +11,7 @@ import urllib.request
 from pathlib import Path
 
 import pytest
-from training_helpers import children_of, command, free_port, mlflow_server, running, set_up
+from training_helpers import children_of, command, free_port, mlflow_server, running, set_up, small
 
 pytestmark = pytest.mark.slow
 
@@ -140,15 +140,6 @@ def test_api_file_and_pipeline_agree_on_the_whole_holdout(trained):
     classes = np.where(expected >= 0.5, ">50K", "<=50K")
     assert (np.concatenate([a["prediction"] for a in answers]) == classes).all()
     assert (from_file["prediction"] == classes).all()
-
-
-def small(root):
-    "Use the first 3,000 rows: for what does not depend on how many there are."
-    for name in ("adult.train.csv", "adult.test.csv"):
-        lines = (root / "data" / name).read_text().splitlines(keepends=True)[:3001]
-        (root / "data" / name).unlink()
-        (root / "data" / name).write_text("".join(lines))
-    return root
 
 
 def test_two_trainings_give_identical_metrics(tmp_path):

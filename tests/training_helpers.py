@@ -2,7 +2,6 @@
 import contextlib
 import os
 import shutil
-import socket
 import subprocess
 import sys
 import time
@@ -10,7 +9,7 @@ import urllib.error
 import urllib.request
 from pathlib import Path
 
-ROOT = Path(__file__).parent.parent
+from helpers import ROOT, free_port
 
 
 def set_up(folder):
@@ -21,6 +20,15 @@ def set_up(folder):
             shutil.copy(ROOT / "data" / name, folder / "data" / name)
     shutil.copy(ROOT / "settings.ini", folder)
     return folder
+
+
+def small(root):
+    "Use the first 3,000 rows: for what does not depend on how many there are."
+    for name in ("adult.train.csv", "adult.test.csv"):
+        lines = (root / "data" / name).read_text().splitlines(keepends=True)[:3001]
+        (root / "data" / name).unlink()
+        (root / "data" / name).write_text("".join(lines))
+    return root
 
 
 def _same_device(folder):
@@ -53,12 +61,6 @@ def children_of(pid):
                 below(child)
     below(pid)
     return found
-
-
-def free_port():
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return s.getsockname()[1]
 
 
 @contextlib.contextmanager
