@@ -41,10 +41,6 @@ heartbeat = 1
 end_timeout = 10
 [jobs]
 storage = "{storage}"
-lease = 10
-backoff = 1
-attempts = 1000
-scheduling = normal
 {jobs}
 """
 
@@ -59,6 +55,7 @@ def new_project(folder: Path, tracking_uri: str = "", storage: str = "", **jobs:
     folder.mkdir(parents=True, exist_ok=True)
     rows().head(1500).write_csv(folder / "train.csv")
     read_table(DATA / "adult.test.csv", ("?",)).head(500).write_csv(folder / "test.csv")
+    jobs = {"lease": 10, "backoff": 1, "attempts": 1000, "scheduling": "normal", **jobs}
     lines = "\n".join(f"{k} = {v}" for k, v in jobs.items())
     (folder / "settings.ini").write_text(INI.format(tracking_uri=tracking_uri, storage=storage, jobs=lines))
     return load_settings(folder / "settings.ini")

@@ -19,6 +19,7 @@ from job_helpers import (
     wait_until_over,
     workers,
 )
+from serving_helpers import MlflowServer
 
 from income_mlops import datasets, registry
 from income_mlops.jobs import Queue
@@ -122,9 +123,68 @@ def test_ten_uploads_two_workers_one_rejected_on_postgresql(tmp_path):
         queue.store.engine.dispose()
 
 
+def test_mlflow_away_in_mid_job(tmp_path, free_port):
+    "The server is killed while a training talks to it, and comes back: the job is repeated and succeeds."
+    port = free_port()
+    server = MlflowServer(tmp_path / "mlflow", port)
+    settings = new_project(tmp_path / "project", tracking_uri=f"http://127.0.0.1:{port}")
+    queue = Queue(settings)
+    try:
+        server.wait()
+        with workers(settings, 1, MLFLOW_HTTP_REQUEST_MAX_RETRIES="2") as running:
+            job = wait_for(queue.list, 120, "the first training is asked for")[0]
+            wait_for(lambda: queue.get(job.id).heading == "Study", 200, "it is in the study")
+            server.stop()
+            back = wait_for(lambda: (j := queue.get(job.id)).state == "queued" and j, 200, "the job is put back")
+            assert back.losses == 1 and back.error and back.due > back.created
+            time.sleep(5)
+            assert queue.get(job.id).state == "queued", "nothing is taken while MLflow is away"
+            server = MlflowServer(tmp_path / "mlflow", port)
+            server.wait()
+            done, = wait_until_over(settings, [job], 300)
+            assert done.state == "succeeded" and done.attempts == 2, done
+            assert running[0].stop() < 15
+        assert_clean(settings)
+        assert "FINISHED" in {r.info.status for r in all_runs(settings)} != {"FINISHED"}
+    finally:
+        server.stop()
+
+
 def test_time_limit(tmp_path):
     settings = new_project(tmp_path / "project", timeout=8)
     with workers(settings):
         done, = wait_until_over(settings, wait_for(Queue(settings).list, 120, "the first training"), 120)
     assert done.state == "failed" and done.attempts == 1 and "jobs.timeout" in done.error and not kernels(settings)
     assert not [r for r in all_runs(settings) if r.info.status == "RUNNING"]
+
+
+def test_a_worker_that_slept_through_its_lease_does_no_harm(tmp_path):
+    "A stopped process (SIGSTOP) loses its job to another worker; when it goes on, it leaves it alone."
+    settings = new_project(tmp_path / "project", lease=3)
+    queue = Queue(settings)
+    with workers(settings, 2) as running:
+        job = wait_for(queue.list, 120, "the first training is asked for")[0]
+        wait_for(lambda: queue.get(job.id).cell > 3, 120, "it runs")
+        sleeper, = (w for w in running if w.has(queue.get(job.id)))
+        os.kill(sleeper.pid, signal.SIGSTOP)
+        wait_for(lambda: queue.get(job.id).attempts == 2, 60, "the other takes over")
+        time.sleep(2)
+        os.kill(sleeper.pid, signal.SIGCONT)
+        done = wait_until_over(settings, queue.list(), 300)
+        assert [j.state for j in done] == ["succeeded"] and done[0].attempts == 2
+        assert sleeper.stop() < 15
+    assert_clean(settings)
+
+
+def test_no_retraining_of_what_is_wrong_or_was_there(tmp_path):
+    "An upload that was deleted fails at once; rows that were there already train nothing."
+    settings = new_project(tmp_path / "project")
+    queue = Queue(settings)
+    with workers(settings):
+        first = wait_for(queue.list, 120, "the first training is asked for")[0]
+        gone = queue.add("retrain", "me", upload="0" * 32)
+        same = queue.add("retrain", "me", upload=upload(settings, rows().head(300), "same.csv"))
+        done = wait_until_over(settings, [first, gone, same], 400)
+    assert done[1].state == "failed" and done[1].attempts == 1 and "does not exist" in done[1].error
+    assert done[2].state == "succeeded", done[2].error
+    assert not done[2].result["models"] and len(registry.versions(settings)) == 1
