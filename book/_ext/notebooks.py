@@ -155,6 +155,11 @@ def read_source(app: Any, name: str, source: list[str]) -> None:
     source[0] = json.dumps(notebook)
 
 
+def read_side_by_side(app: Any, config: Any) -> None:
+    "A page is executed when it is read; jupyter-book itself reads one after another."
+    app.parallel = max(app.parallel, min(4, len(os.sched_getaffinity(0)) if sys.platform == "linux" else 1))
+
+
 def use_own_state(app: Any, config: Any) -> None:
     "What the notebooks write while the book is built is thrown away with the process."
     state = tempfile.TemporaryDirectory(prefix="book-")
@@ -173,4 +178,5 @@ def use_own_state(app: Any, config: Any) -> None:
 def setup(app: Any) -> dict[str, Any]:
     app.connect("source-read", read_source)
     app.connect("config-inited", use_own_state)
+    app.connect("config-inited", read_side_by_side)
     return {"parallel_read_safe": True, "parallel_write_safe": True}
