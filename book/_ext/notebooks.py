@@ -157,6 +157,8 @@ def read_source(app: Any, name: str, source: list[str]) -> None:
 
 def read_side_by_side(app: Any, config: Any) -> None:
     "A page is executed when it is read; jupyter-book itself reads one after another."
+    if numbering := app.extensions.get("sphinx_multitoc_numbering"):
+        numbering.parallel_read_safe = True  # it does not say so; it works when all are read
     app.parallel = max(app.parallel, min(4, len(os.sched_getaffinity(0)) if sys.platform == "linux" else 1))
 
 
