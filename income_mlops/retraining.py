@@ -31,7 +31,7 @@ def upload_of(
         raise DataError(f"{e}; was it deleted?") from e
     return found.path, found.source
 
-# %% ../nbs/40c_retraining.ipynb #b5f02ec4
+# %% ../nbs/40c_retraining.ipynb #528ff4e0
 class Tell(Protocol):
     def __call__(self, *, progress: dict[str, Any] | None = None, result: dict[str, Any] | None = None) -> None:
         "Write down where a job is, or what it has finished."
@@ -77,6 +77,8 @@ class Steps:
         file = Path(run.data.tags["output"])
         if known and file.is_file() and not client.list_artifacts(run_id, "notebook"):
             log_notebook(client, run_id, file, Path(run.data.tags["notebook"]).stem)
+        if known:
+            pipelines.keep_diff(self.settings, run_id)
         return {"run_id": run_id, "notebook": str(file), "verdict": run.data.tags.get("verdict")}
 
     def _started(self, client: Any, name: str, run_id: str) -> None:

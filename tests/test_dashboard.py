@@ -270,10 +270,11 @@ def test_upload_is_refused_in_words_or_done_by_a_job(services, browser, tmp_path
         card.get_by_text("succeeded", exact=True).wait_for(timeout=240_000)
         assert services.http.get(f"/jobs/{job}").json()["state"] == "succeeded"
         tab(page, "Data")
+        found = services.http.get("/analysis").json()
+        assert found["job"] == job
+        page.locator("p.verdict", has_text=found["verdict"].capitalize()).wait_for(timeout=30_000)
         page.get_by_role("button", name="Show the full report").click()
         page.frame_locator("iframe[title='Report of the analysis']").locator(".verdict").first.wait_for()
-        found = services.http.get("/analysis").json()
-        assert found["verdict"].capitalize() in page.locator("p.verdict").inner_text()
 
 
 # ── models ────────────────────────────────────────────────────────────────────────────────────────────────────────────

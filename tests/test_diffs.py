@@ -76,6 +76,19 @@ def test_a_retraining_keeps_its_difference_from_the_champion(settings, trainings
     assert "XGBoost trial 2/2" in text and "'champion': 'XGBoost version 1'" in text
 
 
+def test_a_difference_that_a_crash_prevented_is_made_up_for(settings, trainings, tmp_path):
+    "As the next attempt of a job does that was killed between its training and the difference."
+    client, second = connect(settings), trainings[1]
+    before = artifact(settings, second, "diff.txt", tmp_path).read_text()
+    for name in ("diff.html", "diff.txt", "diff.json"):
+        (Path(client.get_run(second).info.artifact_uri.removeprefix("file://")) / name).unlink()
+    client.delete_tag(second, "compared_with")
+    assert "diff.txt" not in names(settings, second)
+    pipelines.keep_diff(settings, second)
+    assert artifact(settings, second, "diff.txt", tmp_path).read_text() == before
+    assert client.get_run(second).data.tags["compared_with"] == trainings[0]
+
+
 def test_a_difference_holds_no_noise(settings, trainings, tmp_path):
     text = artifact(settings, trainings[1], "diff.txt", tmp_path).read_text()
     text = text.split("\n", 2)[2]  # the two runs are named once, at the top
@@ -119,6 +132,7 @@ with mlflow.start_run():
 """
 
 
+@pytest.mark.full
 def test_what_was_altered_since_is_what_a_replay_shows(settings, trainings, cli, tmp_path):
     "First the rows of the dataset version, then the kept notebook; each time the metric that it changes."
     version = read(settings, trainings[0]).data["version"]
@@ -192,6 +206,7 @@ def test_a_difference_that_cannot_be_kept_costs_no_training(settings, trainings,
     client.set_terminated(empty)
     with pytest.raises(KeptError):
         diffs.log_diff(settings, trainings[1], empty)
-    pipelines._keep_diff(settings, trainings[1], empty)
-    assert "holds no executed notebook" in caplog.text and trainings[1] in caplog.text
-    assert "holds no executed notebook" in client.get_run(trainings[1]).data.tags["diff_error"]
+    client.set_tag(empty, "champion_run", trainings[0])
+    pipelines.keep_diff(settings, empty)
+    assert "holds no executed notebook" in caplog.text and empty in caplog.text
+    assert "holds no executed notebook" in client.get_run(empty).data.tags["diff_error"]

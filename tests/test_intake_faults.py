@@ -197,12 +197,14 @@ def test_predictions_go_on_while_a_large_upload_is_looked_through(tmp_path):
     with IntakeApi(settings) as api:
         wait_until(lambda: api.get("/health")["ready"], 60)
         latencies(api.url, rows.requests[0], 1, 20)
-        idle = latencies(api.url, rows.requests[0], 8, 20)
+        idle = latencies(api.url, rows.requests[0], 4, 20)
         memory = api.memory()
         sender = subprocess.Popen(["nice", sys.executable, "-c", code, f"{api.url}/upload_data", file,
                                    api.key["X-API-Key"]], stdout=subprocess.PIPE, text=True)
-        busy = latencies(api.url, rows.requests[0], 8, 20)
-        assert sender.poll() is None, "it was still being looked through"
+        busy = []
+        while sender.poll() is None:
+            busy.append(latencies(api.url, rows.requests[0], 1, 20))
+        assert len(busy) >= 3, "it was looked through meanwhile"
         told = sender.communicate(timeout=300)[0]
         print(f"median and p99: idle {idle}, meanwhile {busy}; memory {memory:.0f} MB, after {api.memory():.0f} MB")
         assert '"rows":911708' in told.replace(" ", ""), told

@@ -126,6 +126,7 @@ def test_a_service_does_not_import_sqlalchemy(tmp_path):
     assert done.stdout == "[]\n"
 
 
+@pytest.mark.full
 def test_a_job_survives_the_end_and_the_death_of_its_worker(tmp_path):
     "First training, cancelled; a retraining whose workers are stopped, then killed, and which succeeds all the same."
     settings = new_project(tmp_path / "project")

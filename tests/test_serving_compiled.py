@@ -116,6 +116,7 @@ def test_numbers_beyond_the_model_are_refused_with_their_name(project: Project, 
         serve("XGBoost")
 
 
+@pytest.mark.full
 def test_200_changes_of_the_model_under_load(project: Project, api: Api) -> None:
     "Every answer is exactly one of the two models' answers, and names the model that gave it."
     address = api.url.removeprefix("http://")

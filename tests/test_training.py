@@ -142,6 +142,7 @@ def test_api_file_and_pipeline_agree_on_the_whole_holdout(trained):
     assert (from_file["prediction"] == classes).all()
 
 
+@pytest.mark.full
 def test_two_trainings_give_identical_metrics(tmp_path):
     root = small(set_up(tmp_path))
     for threads in ("1", "2"):
@@ -154,6 +155,7 @@ def test_two_trainings_give_identical_metrics(tmp_path):
     assert first == second and set(first) == {"XGBoost", "RandomForest"}
 
 
+@pytest.mark.full
 def test_a_family_of_ones_own(tmp_path):
     "The README's ten lines, as they stand there."
     readme = (Path(__file__).parent.parent / "README.md").read_text()
