@@ -119,7 +119,7 @@ def settings() -> str:
             if inspect.isclass(kind) and issubclass(kind, Section):
                 inner.append((kind, f"{path}.{name}".lstrip(".")))
                 continue
-            if path == "" and name == "root":
+            if path == "" and name in ("root", "file"):  # found, not set
                 continue
             key = f"{path}.{name}".lstrip(".")
             meaning = next((said[c.__name__][name] for c in cls.__mro__ if name in said.get(c.__name__, {})), "")
