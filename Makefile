@@ -4,7 +4,7 @@ SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DELETE_ON_ERROR:
 MAKEFLAGS += --no-builtin-rules --no-print-directory
-.PHONY: help up test test-all images-test bench setup export check requirements clean
+.PHONY: help up test test-all images-test bench setup export check requirements clean book
 
 UV_VERSION := 0.13.9
 export UV_PYTHON_DOWNLOADS := never
@@ -23,7 +23,7 @@ PYTHON ?= $(shell $(FIND_PYTHON))
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
 
 UV := .tools/bin/uv
-SOURCES := $(wildcard nbs tests tools benchmarks)
+SOURCES := $(wildcard nbs tests tools benchmarks book)
 # Notebooks that are used in JupyterLab: run cell by cell in a real kernel.
 KERNEL_NOTEBOOKS := $(sort $(wildcard nbs/index.ipynb nbs/explore/*.ipynb))
 
@@ -41,20 +41,18 @@ test: setup check  ## Set up and run the checks and the tests
 test-all: setup check  ## The same with faults, load, stores and containers
 	@$(call run-tests,full or not full)
 
-images-test: setup  ## Build the images and run both Compose files with podman; as root
-	@echo "── images"; PODMAN_COMPOSE="$(CURDIR)/$(UV) tool run --quiet --from podman-compose==1.6.0 podman-compose" \
-	    python tools/images_test.py
+.PHONY: setup ## Build the images and run both Compose files with podman; as root @echo "── images"; PODMAN_COMPOSE="$(CURDIR)/$(UV) tool --quiet --from podman-compose==1.6.0 podman-compose" \ python tools/images_test.py book into book/_build/html; `make up` serves it book; first time every notebook is executed
 
 bench: .venv/.stamp-bench  ## Run the benchmarks one after another
 	@status=0; for file in benchmarks/[a-z]*.py; do echo "── $$file"; python "$$file" || status=1; done; exit $$status
 
 setup: .venv/.stamp  ## Create the environment in .venv from uv.lock
 
-export:  ## Write the modules from the notebooks and clean the notebooks
-	@nbdev-export && nbdev-clean
+export:  ## Write the modules and the README from the notebooks and clean the notebooks
+	@nbdev-export && nbdev-clean && python tools/readme.py
 
 check: setup  ## Notebooks and modules in sync, lint, types
-	@echo "── notebooks and modules in sync"; python tools/check_sync.py
+	@echo "── notebooks and modules in sync"; python tools/check_sync.py; python tools/readme.py --check
 	@echo "── ruff"; ruff check --quiet $(SOURCES)
 	@echo "── mypy"; mypy --no-error-summary
 

@@ -149,7 +149,7 @@ def _move_paths(database: Path, old: str, new: str) -> None:
                                f'WHERE substr("{column}", 1, ?) = ?',
                                (f"{start}{new}/", len(f"{start}{old}/") + 1, len(f"{start}{old}/"), f"{start}{old}/"))
 
-# %% ../nbs/48b_backups.ipynb #ee5407bf
+# %% ../nbs/48b_backups.ipynb #f68e9a38
 def restore(
     settings: Settings,
     folder: Path,
@@ -160,7 +160,8 @@ def restore(
         raise BackupError(f"the state folder {state} is not empty: stop the services and move it away first")
     manifest = check(folder)
     state.parent.mkdir(parents=True, exist_ok=True)
-    beside = Path(tempfile.mkdtemp(dir=state.parent, prefix=f".{state.name}-"))
+    fill = state.exists()
+    beside = Path(tempfile.mkdtemp(dir=state if fill else state.parent, prefix=f".{state.name}-"))
     try:
         for name in manifest["files"]:
             (beside / name).parent.mkdir(parents=True, exist_ok=True)
@@ -168,10 +169,13 @@ def restore(
         if manifest["state"] != str(state):
             for name in manifest["databases"]:
                 _move_paths(beside / name, manifest["state"], str(state))
-        if state.exists():
-            state.rmdir()
-        beside.chmod(0o755)
-        beside.rename(state)
+        if fill:
+            for path in beside.iterdir():
+                path.rename(state / path.name)
+            beside.rmdir()
+        else:
+            beside.chmod(0o755)
+            beside.rename(state)
     except BaseException:
         shutil.rmtree(beside, ignore_errors=True)
         raise

@@ -90,14 +90,14 @@ def main(ctx: click.Context, file: Path | None, debug: bool) -> None:
     if file:  # in the environment, so that kernels and services started from here read the same file
         os.environ["INCOME_MLOPS_SETTINGS"] = str(file.resolve())
 
-# %% ../nbs/50_cli.ipynb #1d58dea4
+# %% ../nbs/50_cli.ipynb #ef26060b
 @main.command()
 def up() -> None:
     """Start everything; Ctrl-C stops it.
 
-    Starts MLflow, the API, a worker, which trains a first model if there is none, and the dashboard. Prints the
-    addresses and stays until Ctrl-C, which stops every service. What they say is in the folder logs/ of the state
-    folder (paths.state).
+    Starts MLflow, the API, a worker, which trains a first model if there is none, the dashboard, and the book if it
+    was built (make book). Prints the addresses and stays until Ctrl-C, which stops every service. What they say is in
+    the folder logs/ of the state folder (paths.state).
     """
     from income_mlops.supervisor import up as start
     start(_settings())

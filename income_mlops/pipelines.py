@@ -63,7 +63,7 @@ def keep_diff(
     settings: Settings,
     run_id: str,  # of a training that is over
 ) -> None:
-    "Keep the difference from the champion that it met, unless it is kept. A hindrance is logged and tagged, not raised."
+    "Keep the difference from the champion that it met, unless it is kept. A hindrance is logged, tagged, not raised."
     try:
         tags = connect(settings).get_run(run_id).data.tags
         if "champion_run" in tags and "compared_with" not in tags:

@@ -230,7 +230,7 @@ class Dashboard(Service):
 class Docs(Service):
     port: Port = 8000
 
-# %% ../nbs/00_settings.ipynb #69fe37cf
+# %% ../nbs/00_settings.ipynb #1b633f5f
 class Settings(Section):
     "Effective settings of one project folder."
     root: Path
@@ -240,6 +240,7 @@ class Settings(Section):
     models: Annotated[Words, Field(min_length=1)] = ("XGBoost", "RandomForest")
     "Model families to train: names known to `ModelFactory`, or `package.module:Class`."
     backend_url: str = "http://127.0.0.1:8080"
+    "Where the dashboard finds the API."
     paths: Paths = Paths()
     dataset: Dataset
     preparation: Preparation = Preparation()

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['services', 'up']
 
-# %% ../nbs/49_supervisor.ipynb #0cb1dc9b
+# %% ../nbs/49_supervisor.ipynb #16d7162a
 import json
 import os
 import sys
@@ -16,13 +16,13 @@ from contextlib import contextmanager
 from importlib.util import find_spec
 from typing import Any
 
-from . import mlserver
+from . import docs, mlserver
 from .jobs import Job, Queue
 from .processes import Service, Stopped, Supervisor, answers, check_ports, signals
 from .registry import registered_name
 from .settings import FILE_VARIABLE, Settings
 
-# %% ../nbs/49_supervisor.ipynb #aaaaae4a
+# %% ../nbs/49_supervisor.ipynb #f8e60018
 def _is_server(uri: str) -> bool:
     return uri.startswith(("http://", "https://"))
 
@@ -42,7 +42,8 @@ def services(
     return [*listed,
             Service("the API", (*command, "serve", "--no-worker"), settings.serving.host, settings.serving.port,
                     "serving.port"),
-            *([_dashboard(settings)] if find_spec("voila") else [])]
+            *([_dashboard(settings)] if find_spec("voila") else []),
+            *([book] if (book := docs.service(settings)) else [])]
 
 
 def _dashboard(settings: Settings) -> Service:

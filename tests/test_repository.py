@@ -196,7 +196,7 @@ def test_workflow_runs_the_same_and_pins_what_it_uses():
     text = (ROOT / ".github/workflows/ci.yml").read_text()
     uses = re.findall(r"uses: (\S+)", text)
     assert uses and all(re.fullmatch(r"[\w./-]+@[0-9a-f]{40}", u) for u in uses)
-    assert "run: bash .ci/run" in text and re.search("^make test-all$", (ROOT / ".ci/run").read_text(), re.M)
+    assert "run: bash .ci/run" in text and "make test-all" in (ROOT / ".ci/run").read_text()
 
 
 def tracked() -> list[Path]:
