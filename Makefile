@@ -4,7 +4,7 @@ SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DELETE_ON_ERROR:
 MAKEFLAGS += --no-builtin-rules --no-print-directory
-.PHONY: help up test test-all images-test bench setup export check requirements clean book
+.PHONY: help up test test-all images-test book bench setup export check requirements clean
 
 UV_VERSION := 0.13.9
 export UV_PYTHON_DOWNLOADS := never
@@ -41,7 +41,12 @@ test: setup check  ## Set up and run the checks and the tests
 test-all: setup check  ## The same with faults, load, stores and containers
 	@$(call run-tests,full or not full)
 
-.PHONY: setup ## Build the images and run both Compose files with podman; as root @echo "── images"; PODMAN_COMPOSE="$(CURDIR)/$(UV) tool --quiet --from podman-compose==1.6.0 podman-compose" \ python tools/images_test.py book into book/_build/html; `make up` serves it book; first time every notebook is executed
+images-test: setup  ## Build the images and run both Compose files with podman; as root
+	@echo "── images"; PODMAN_COMPOSE="$(CURDIR)/$(UV) tool run --quiet --from podman-compose==1.6.0 podman-compose" \
+	    python tools/images_test.py
+
+book: setup  ## Build the book into book/_build/html; `make up` serves it
+	@echo "── the book; the first time every notebook is executed: some minutes"
 
 bench: .venv/.stamp-bench  ## Run the benchmarks one after another
 	@status=0; for file in benchmarks/[a-z]*.py; do echo "── $$file"; python "$$file" || status=1; done; exit $$status
