@@ -47,6 +47,9 @@ images-test: setup  ## Build the images and run both Compose files with podman; 
 
 book: setup  ## Build the book into book/_build/html; `make up` serves it
 	@echo "── the book; the first time every notebook is executed: some minutes"
+	@jupyter-book build . --config book/_config.yml --toc book/_toc.yml --path-output book \
+	    --all --warningiserror --nitpick --keep-going --quiet
+	@echo "── book/_build/html/index.html"
 
 bench: .venv/.stamp-bench  ## Run the benchmarks one after another
 	@status=0; for file in benchmarks/[a-z]*.py; do echo "── $$file"; python "$$file" || status=1; done; exit $$status
