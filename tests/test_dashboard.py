@@ -158,6 +158,7 @@ def alert(page, text: str):
 
 # ── before there is a model ───────────────────────────────────────────────────────────────────────────────────────────
 
+@pytest.mark.full
 def test_a_page_waits_for_the_first_model(services, browser):
     "The worker trains the first models meanwhile; nobody has to reload the page."
     with visit(browser, services) as page:
@@ -388,6 +389,7 @@ def test_every_tab_fits_and_every_control_has_a_name(services, browser, width, s
 
 # ── away and back ─────────────────────────────────────────────────────────────────────────────────────────────────────
 
+@pytest.mark.full
 def test_api_killed_and_back(services, browser):
     with visit(browser, services) as page:
         page.locator("[data-probability]").wait_for()

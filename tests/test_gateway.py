@@ -321,6 +321,7 @@ def test_wrong_value_is_named(name, value, tmp_path):
     assert done.returncode == 1 and name in done.stderr and len(done.stderr.strip().splitlines()) <= 2
 
 
+@pytest.mark.full
 def test_stops_in_order_while_a_request_is_unfinished(gateway):
     g = gateway()
     with socket.create_connection(("127.0.0.1", g.port)) as idle:

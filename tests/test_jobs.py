@@ -170,6 +170,7 @@ def test_a_job_survives_the_end_and_the_death_of_its_worker(tmp_path):
     assert_clean(settings)
 
 
+@pytest.mark.full
 def test_a_lone_serve_brings_a_worker_that_does_not_outlive_it(tmp_path, free_port):
     settings = new_project(tmp_path / "project")
     log = (tmp_path / "serve.log").open("w")

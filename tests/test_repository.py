@@ -168,6 +168,7 @@ def test_hooks_pass_on_what_is_here(clone):
         assert done.returncode == 0, done.stdout + done.stderr
 
 
+@pytest.mark.full
 def test_hooks_refuse(clone):
     "A cell that was not exported, an output, a large file, a key, a conflict."
     notebook = clone / "nbs/01_data.ipynb"

@@ -156,6 +156,7 @@ def test_signal_stops_every_child(driven, number):
     assert ended(pids, start, 5)
 
 
+@pytest.mark.full
 def test_stubborn_child_and_its_child_are_killed_in_time(driven):
     process, pids = driven(STUBBORN)
     assert len(pids) == 4, "web server, stubborn one, its child, watchdog"
@@ -167,6 +168,7 @@ def test_stubborn_child_and_its_child_are_killed_in_time(driven):
     assert ended(pids, start, STOP)
 
 
+@pytest.mark.full
 def test_killed_supervisor_leaves_nothing(driven):
     process, pids = driven(STUBBORN)
     process.kill()

@@ -171,6 +171,7 @@ def test_a_family_of_ones_own(tmp_path):
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+@pytest.mark.full
 def test_a_killed_kernel_fails_the_run_and_the_next_training_resumes(tmp_path):
     root = small(set_up(tmp_path))
     journal = root / "var" / "studies" / "studies.journal"
