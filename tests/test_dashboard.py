@@ -389,7 +389,6 @@ def test_every_tab_fits_and_every_control_has_a_name(services, browser, width, s
 
 # ── away and back ─────────────────────────────────────────────────────────────────────────────────────────────────────
 
-@pytest.mark.full
 def test_api_killed_and_back(services, browser):
     with visit(browser, services) as page:
         page.locator("[data-probability]").wait_for()
