@@ -15,9 +15,11 @@ import polars as pl
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict
 
-from .aggregates import (Moments, add_moments, distinct_estimate, heavy_hitters, moments_of, new_sketch,
-                                     pack, pack_sketch, smallest, unpack, unpack_sketch)
+from . import quantiles
+from .aggregates import (Moments, add_moments, distinct_estimate, heavy_hitters, moments_of, pack, smallest,
+                                     unpack)
 from .data import DataError
+from .quantiles import Quantiles
 
 # %% ../nbs/04_columns.ipynb #fcf63de7
 class ColumnProfile(BaseModel):
@@ -69,7 +71,7 @@ class ColumnProfile(BaseModel):
     @property
     def rank_error(self) -> float:
         "Largest error (99 % confidence) of any cumulative share that the profile gives; 0 where it is exact."
-        return 0.0 if self.sketch is None else float(unpack_sketch(self.sketch).normalized_rank_error(False))
+        return 0.0 if self.sketch is None else quantiles.unpack(self.sketch).rank_error
 
     @property
     def constant(self) -> bool:
@@ -114,10 +116,7 @@ class ColumnProfile(BaseModel):
             return np.empty(0), np.empty(0)
         if self.exact:
             return np.array(self.values, float), np.array(self.counts, float)
-        sketch = unpack_sketch(self.sketch)
-        values = np.unique([value for value, _ in sketch])  # their weights are wrong after a merge (datasketches 5.2)
-        cumulative = np.array(sketch.get_cdf(values.tolist(), True)[:-1])
-        return values, np.diff(cumulative, prepend=0.0) * self.present
+        return quantiles.unpack(self.sketch or "").points()
 
     def quantiles(self, q: Sequence[float]) -> list[float]:
         "The smallest values at or below which a share `q` of the values lies (inverted distribution function)."
@@ -171,10 +170,10 @@ def _numbers(name: str, rows: int, missing: int, values: NDArray[np.float64], co
                "minimum": float(values[0]), "maximum": float(values[-1])}
     if len(values) <= bound:
         return ColumnProfile(**shared, values=tuple(values.tolist()), counts=tuple(counts.astype(int).tolist()))
-    sketch = new_sketch(bound)
+    sketch = Quantiles(max(bound // 2, 64))
     sketch.update(np.repeat(values, counts.astype(int)))
     hashes = smallest(pl.Series(values).hash().to_numpy(), bound)
-    return ColumnProfile(**shared, exact=False, sketch=pack_sketch(sketch), hashes=pack(hashes))
+    return ColumnProfile(**shared, exact=False, sketch=quantiles.pack(sketch), hashes=pack(hashes))
 
 # %% ../nbs/04_columns.ipynb #3f530abd
 def _texts(name: str, rows: int, missing: int, levels: pl.Series, counts: pl.Series, dtype: Any,
@@ -228,18 +227,18 @@ def _merge_numbers(a: ColumnProfile, b: ColumnProfile, shared: dict[str, Any]) -
         counts = np.bincount(at, np.concatenate([a.counts, b.counts])).astype(float)
         whole = _numbers(a.name, a.present + b.present, 0, values, counts, a.bound)
         return whole.model_copy(update=shared)
-    sketch, hashes = new_sketch(a.bound), []
+    sketch, hashes = Quantiles(max(a.bound // 2, 64)), []
     for p in (a, b):
         if p.exact:
             sketch.update(np.repeat(p.values, p.counts).astype(float))
             hashes.append(pl.Series(p.values, dtype=pl.Float64).hash().to_numpy())
         else:
-            sketch.merge(unpack_sketch(p.sketch))
+            sketch.merge(quantiles.unpack(p.sketch or ""))
             hashes.append(unpack(p.hashes))
     return ColumnProfile(**{"name": a.name, "kind": "number", "dtype": "number", **shared}, exact=False,
                          moments=add_moments(a.present, a.moments or moments_of(*a.points()), b.present,
                                              b.moments or moments_of(*b.points())),
-                         sketch=pack_sketch(sketch),
+                         sketch=quantiles.pack(sketch),
                          hashes=pack(smallest(np.concatenate(hashes), a.bound)))
 
 

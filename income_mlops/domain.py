@@ -25,7 +25,8 @@ BINS, TREES, DEPTH, RATE, RIDGE = 32, 20, 3, 0.3, 5.0
 def _codes(series: pl.Series) -> Codes:
     "Bin 0 is missing; numbers by quantiles, categories by frequency, the rare ones together."
     if series.dtype == pl.String:
-        levels = series.drop_nulls().value_counts(sort=True)[series.name].head(BINS - 2).to_list()
+        counts = series.drop_nulls().value_counts().sort("count", series.name, descending=[True, False])
+        levels = counts[series.name].head(BINS - 2).to_list()
         if not levels:
             return np.zeros(len(series), np.intp)
         place = series.replace_strict(levels, range(1, len(levels) + 1), default=BINS - 1, return_dtype=pl.Int64)

@@ -19,6 +19,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
+from secrets import token_hex
 from typing import Any
 
 import httpx
@@ -368,10 +369,10 @@ def on_this_machine(podman: Podman) -> None:
 
 def in_service(podman: Podman) -> None:
     port = str(free_port())
-    url, words = f"http://127.0.0.1:{port}", "only for this test"
+    url, words, phrase = f"http://127.0.0.1:{port}", token_hex(16), token_hex(16)
     secrets = {"REGISTRY": "localhost", "TAG": "dev", "PUBLIC_HOSTS": "127.0.0.1,localhost", "HTTP_PORT": port,
-               "API_KEY": "key-" * 8, "MLFLOW_USERNAME": "me", "MLFLOW_PASSWORD": words, "MLFLOW_SECRET_KEY": words,
-               "POSTGRES_PASSWORD": "p-word", "DATABASE": "mlflow:p-word@postgres:5432"}
+               "API_KEY": token_hex(16), "MLFLOW_USERNAME": "me", "MLFLOW_PASSWORD": words, "MLFLOW_SECRET_KEY": words,
+               "POSTGRES_PASSWORD": phrase, "DATABASE": f"mlflow:{phrase}@postgres:5432"}
     services = "postgres mlflow backend worker frontend docs nginx"
     refused = Stack(podman, "docker-compose.prod.yml", services, "postgres", **{**secrets, "API_KEY": ""})
     done = refused.compose("up", "-d", "--no-build")
