@@ -116,20 +116,47 @@ def clone(tmp_path):
     return folder
 
 
+def start_build(*options):
+    "jupyter-book as a process of its own."
+    return subprocess.Popen(
+        ["nice", "jupyter-book", "build", ".", "--config", "book/_config.yml", *map(str, options), "--all", "--quiet"],
+        cwd=ROOT, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+        env={**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"})
+
+
+def finish(process):
+    "Waits for a build; what it said."
+    said, _ = process.communicate(timeout=3000)
+    assert process.returncode == 0, said[-5000:]
+    return said
+
+
+@pytest.fixture(scope="module")
+def building():
+    "The book is built, some ten minutes, while tutorials are followed, which mostly wait."
+    process = start_build("--toc", "book/_toc.yml", "--path-output", "book", "--warningiserror", "--nitpick",
+                          "--keep-going")
+    yield process
+    process.kill()
+
+
 @pytest.mark.full
 @pytest.mark.timeout(600)
+@pytest.mark.usefixtures("building")
 def test_another_table_by_settings_alone(tmp_path):
     Walk(tmp_path).follow(BOOK / "tutorials/another_table.md")
 
 
 @pytest.mark.full
 @pytest.mark.timeout(1800)
+@pytest.mark.usefixtures("building")
 def test_retrain_on_new_data(tmp_path):
     Walk(tmp_path).follow(BOOK / "tutorials/retrain.md")
 
 
 @pytest.mark.full
 @pytest.mark.timeout(3600)
+@pytest.mark.usefixtures("building")
 def test_a_newcomers_first_hour(clone):
     "The first tutorial, every command of the README's quick start, and a model of one's own, in one clone."
     Walk(clone).follow(BOOK / "tutorials/first.md")
@@ -143,7 +170,7 @@ def test_a_newcomers_first_hour(clone):
     def run(words, codes=(0,)):
         done.append(subprocess.run(["bash", "-c", walk.said(words)], cwd=clone, env=walk.environment,
                                    capture_output=True, text=True, timeout=1800))
-        assert done[-1].returncode in codes, (words, done[-1])
+        assert done[-1].returncode in codes, f"{words}\n{done[-1].stdout}\n{done[-1].stderr}"
         return done[-1].stdout
     try:
         for block in BLOCK.finditer(readme):
@@ -204,21 +231,11 @@ def test_settings_and_commands_that_pages_show_exist():
 
 # ── the pages ─────────────────────────────────────────────────────────────────────────────────────────────────────────
 
-def build(*options):
-    "Runs jupyter-book; what it said."
-    done = subprocess.run(
-        ["jupyter-book", "build", ".", "--config", "book/_config.yml", *map(str, options), "--all", "--quiet"],
-        cwd=ROOT, text=True, timeout=3000, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-        env={**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"})
-    assert done.returncode == 0, done.stdout[-5000:]
-    return done.stdout
-
-
 def test_three_pages(tmp_path):
     "A room with its code folded and its examples executed, formulas, and settings from the code."
     (tmp_path / "toc.yml").write_text("format: jb-book\nroot: book/reference/settings\nchapters:\n"
                                       "- file: nbs/00a_schema\n- file: book/explain/drift\n")
-    build("--toc", tmp_path / "toc.yml", "--path-output", tmp_path)
+    finish(start_build("--toc", tmp_path / "toc.yml", "--path-output", tmp_path))
     page = {p.stem: p.read_text() for p in (tmp_path / "_build/html").rglob("*.html") if "_static" not in p.parts}
     assert "DYNACONF_" in page["settings"] and "serving.threshold" in page["settings"]
     assert page["drift"].count("<math") > 5 and "<mfrac>" in page["drift"]
@@ -249,11 +266,10 @@ def test_links_between_sources_lead_somewhere():
     assert not wrong, "\n".join(wrong)
 
 
-@pytest.fixture(scope="session")
-def site():
+@pytest.fixture(scope="module")
+def site(building):
     "The book, built: warnings, broken links and failing notebooks are errors."
-    said = build("--toc", "book/_toc.yml", "--path-output", "book", "--warningiserror", "--nitpick", "--keep-going")
-    assert "WARNING" not in said
+    assert "WARNING" not in finish(building)
     with server(BOOK / "_build/html") as pages:
         threading.Thread(target=pages.serve_forever, daemon=True).start()
         yield f"http://127.0.0.1:{pages.server_port}"
