@@ -258,7 +258,9 @@ def write(
 ) -> int:
     "Write the parts to a file that appears only when it is whole. The number of rows."
     if out is None:
-        return _write_csv(parts, sys.stdout)
+        rows = _write_csv(parts, sys.stdout)
+        sys.stdout.flush()  # what is said next comes after it
+        return rows
     with _appearing(out) as temporary:
         if out.suffix.lower() in (".parquet", ".pq"):
             return _write_parquet(parts, temporary)

@@ -258,7 +258,7 @@ def promote(family: str, version: str, alias: str) -> None:
 @click.option("--out", type=click.Path(path_type=Path), metavar="FILE",
               help="Write here instead of to the screen: CSV, or Parquet if the name ends in .parquet.")
 @click.option("--keep", is_flag=True, help="Keep the columns of the input before the prediction.")
-@click.option("--chunk-rows", type=click.IntRange(1), default=50_000, show_default=True,
+@click.option("--chunk-rows", type=click.IntRange(1), default=65_536, show_default=True,
               help="Rows in memory at a time.")
 def predict(file: Path, out: Path | None, keep: bool, chunk_rows: int) -> None:
     """Predict every row of a file.

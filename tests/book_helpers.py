@@ -55,8 +55,9 @@ class Walk:
         self.words = {"127.0.0.1:8080": f"127.0.0.1:{api}", "127.0.0.1:5000": f"127.0.0.1:{mlflow}",
                       "127.0.0.1:8501": f"127.0.0.1:{dashboard}"}  # said on the page: said here
         local = {name: ",".join(filter(None, (os.environ.get(name), "127.0.0.1"))) for name in ("no_proxy", "NO_PROXY")}
+        outer = {k: v for k, v in os.environ.items() if k != "PYTHONUNBUFFERED"}  # as a newcomer's shell
         self.environment = {
-            **os.environ, **local, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "COLUMNS": "120",
+            **outer, **local, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "COLUMNS": "120",
             "DYNACONF_SERVING__PORT": str(api), "DYNACONF_MLFLOW__PORT": str(mlflow), "TERM": "dumb",
             "DYNACONF_DASHBOARD__PORT": str(dashboard), "DYNACONF_DOCS__PORT": str(docs),
             "DYNACONF_BACKEND_URL": f"http://127.0.0.1:{api}", "PYTHONWARNINGS": "ignore",

@@ -3,6 +3,7 @@ import json
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import threading
@@ -120,7 +121,7 @@ def start_build(*options):
     "jupyter-book as a process of its own."
     return subprocess.Popen(
         ["nice", "jupyter-book", "build", ".", "--config", "book/_config.yml", *map(str, options), "--all", "--quiet"],
-        cwd=ROOT, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+        cwd=ROOT, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True,
         env={**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"})
 
 
@@ -137,7 +138,8 @@ def building():
     process = start_build("--toc", "book/_toc.yml", "--path-output", "book", "--warningiserror", "--nitpick",
                           "--keep-going")
     yield process
-    process.kill()
+    if process.poll() is None:
+        os.killpg(process.pid, signal.SIGKILL)
 
 
 @pytest.mark.full

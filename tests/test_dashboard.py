@@ -9,7 +9,7 @@ import subprocess
 import sys
 import time
 import urllib.request
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import httpx
@@ -48,6 +48,7 @@ class Services:
     "`serve` with its worker, and `dashboard`, in a project of real rows."
 
     def __init__(self, folder: Path, free_port):
+        self.free = free_port
         new_project(folder)
         text = INI.format(tracking_uri="", storage="", jobs="").replace("models = RandomForest",
                                                                         "models = XGBoost, RandomForest")
@@ -402,6 +403,37 @@ def test_api_killed_and_back(services, browser):
         wait_for(lambda: page.locator(".notice:visible", has_text="does not answer").count() == 0, 30, "no old message")
         page.get_by_role("button", name="Start again").click()
         wait_for(lambda: abs(shown(page) - services.predict(form(page))) < 1e-9, 30, "the API's number again")
+
+
+@pytest.mark.full
+def test_the_kernel_of_a_page_that_was_closed_ends(services, browser):
+    "Those that are kept ready stay, and the next visitor gets one."
+    ready = services.settings.dashboard.preheated_kernels
+    services.ports["impatient"] = port = services.free()
+    environment = {**os.environ, "DYNACONF_DASHBOARD__IDLE_TIMEOUT": "3", "DYNACONF_DASHBOARD__PORT": str(port)}
+    with (services.folder / "impatient.log").open("w") as log:
+        dashboard = subprocess.Popen([sys.executable, "-m", "income_mlops.cli", "dashboard"], cwd=services.folder,
+                                     env=environment, stdout=log, stderr=log)
+
+    def kernels() -> int:
+        found = 0
+        for p in psutil.Process(dashboard.pid).children():
+            with suppress(psutil.Error):  # it is just ending
+                found += "ipykernel" in " ".join(p.cmdline())
+        return found
+
+    try:
+        wait_for(lambda: kernels() == ready, 90, "kernels kept ready")
+        for _ in range(2):
+            page = browser.new_page()
+            page.goto(f"http://127.0.0.1:{port}/frontend/", timeout=SLOW)
+            page.wait_for_selector("[data-probability]", timeout=SLOW)
+            wait_for(lambda: kernels() == ready + 1, 60, "the visitor's kernel beside them")
+            page.close()
+            wait_for(lambda: kernels() == ready, 90, "the end of the kernel that nobody looks at")
+    finally:
+        dashboard.terminate()
+        assert dashboard.wait(15) in (0, -signal.SIGTERM)
 
 
 def test_command_in_words(services):

@@ -48,6 +48,12 @@ def requirements() -> list[Requirement]:
     return [Requirement(line) for line in lines if line and not line.startswith("#")]
 
 
+def test_whoever_starts_kernels_brings_one():
+    "The image of the dashboard holds its extra alone."
+    for extra in ("training", "dashboard", "docs"):
+        assert "ipykernel" in {name for name, _ in closure(lock(), (extra,))}, extra
+
+
 def test_requirements_are_the_lock():
     pinned = {(r.name, str(r.specifier).removeprefix("==")) for r in requirements()}
     assert pinned == closure(lock(), EXPORTED_EXTRAS), "run `make requirements`"
