@@ -137,6 +137,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                     'income_mlops.batch._write_csv': ('batch.html#_write_csv', 'income_mlops/batch.py'),
                                     'income_mlops.batch._write_parquet': ('batch.html#_write_parquet', 'income_mlops/batch.py'),
                                     'income_mlops.batch.chunks': ('batch.html#chunks', 'income_mlops/batch.py'),
+                                    'income_mlops.batch.give_back_large_blocks': ( 'batch.html#give_back_large_blocks',
+                                                                                   'income_mlops/batch.py'),
                                     'income_mlops.batch.predict_file': ('batch.html#predict_file', 'income_mlops/batch.py'),
                                     'income_mlops.batch.predictions': ('batch.html#predictions', 'income_mlops/batch.py'),
                                     'income_mlops.batch.table_model': ('batch.html#table_model', 'income_mlops/batch.py'),

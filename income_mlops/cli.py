@@ -275,7 +275,8 @@ def predict(file: Path, out: Path | None, keep: bool, chunk_rows: int) -> None:
     from rich.console import Console
     from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
-    from income_mlops.batch import predict_file
+    from income_mlops.batch import give_back_large_blocks, predict_file
+    give_back_large_blocks()
     columns = (SpinnerColumn(), TextColumn("{task.completed:,} rows"), TimeElapsedColumn())
     with Progress(*columns, console=Console(stderr=True), transient=True, disable=not sys.stderr.isatty()) as bar:
         task = bar.add_task("rows", total=None)

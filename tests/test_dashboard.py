@@ -146,7 +146,8 @@ def form(page) -> dict:
     "What stands in the form."
     values = {}
     for field in page.locator(".fields .widget-dropdown").all():
-        chosen = field.locator("select").evaluate("s => s.options[s.selectedIndex].text")
+        # waited for: a list that is being filled anew has nothing chosen for a moment
+        chosen = field.locator("select option:checked").text_content()
         values[field.locator("label").inner_text()] = None if chosen == "not known" else chosen
     for field in page.locator(".fields .widget-slider").all():
         values[field.locator("label").inner_text()] = float(field.locator(".widget-readout").inner_text())
