@@ -74,11 +74,13 @@ clean:  ## Remove the environment and the caches; data and var/ stay
 	rm -rf .venv .tools .mypy_cache .ruff_cache *.egg-info
 
 # Cells first, then modules: pytest's summary is the last line. What notebooks write is thrown away.
+# Files are shared out among two processes: much of a test is waiting for a service.
+AT_ONCE := -n 2 --dist loadfile --no-loadscope-reorder
 define run-tests
 state=$$(mktemp -d); trap 'rm -rf "$$state"' EXIT; \
 echo "── notebooks"; DYNACONF_PATHS__STATE="$$state" nbdev-test nbs --skip-folder-re '^([_.]|pipelines|explore)' --skip-file-re '^([_.]|dashboard|index)'; \
-$(if $(KERNEL_NOTEBOOKS),echo "── notebooks in a kernel"; DYNACONF_PATHS__STATE="$$state" pytest -q --nbval-lax $(KERNEL_NOTEBOOKS);) \
-echo "── tests"; pytest -q -m '$(1)'
+$(if $(KERNEL_NOTEBOOKS),echo "── notebooks in a kernel"; DYNACONF_PATHS__STATE="$$state" pytest -q $(AT_ONCE) --nbval-lax $(KERNEL_NOTEBOOKS);) \
+echo "── tests"; pytest -q $(AT_ONCE) -m '$(1)'
 endef
 
 UV_STAMP := .tools/uv-$(UV_VERSION)
