@@ -18,13 +18,15 @@ from sklearn.pipeline import Pipeline
 from sklearn.preprocessing import OrdinalEncoder, StandardScaler
 from xgboost import XGBClassifier
 
+from income_mlops.batch import predictions, table_model
 from income_mlops.compiling import STRANGER, Compiled, compile_pipeline
-from income_mlops.data import Schema, conform, learn_schema
+from income_mlops.data import Schema, conform, learn_schema, read_table
 from income_mlops.datasets import original
 from income_mlops.gate import TOLERANCE, edge_rows, gate, store_compiled
 from income_mlops.models import ModelFactory, RandomForest, XGBoost
 from income_mlops.predictor import Category, OutOfRange, Predictor, PredictorError
 from income_mlops.processing import CustomProcessor, customprocessor, ordinal_preprocessor, to_frame, to_labels
+from income_mlops.requests import RequestModel
 from income_mlops.settings import Columns, Preparation, load_settings
 from income_mlops.trees import NotCompilable, just_below, lay_out, read_booster, read_forest, rounded_down
 
@@ -216,6 +218,41 @@ def made_table(kind: str, n: int = 1500) -> tuple[pl.DataFrame, Schema]:
     table = pl.DataFrame(data, strict=False).with_columns(pl.selectors.float().fill_nan(None))
     schema = learn_schema(table, Columns(target="answer", positive="yes", missing=("n/a",)))
     return conform(table, schema), schema
+
+
+def test_a_row_means_the_same_at_every_door(tmp_path: Path) -> None:
+    "Truth values, whole numbers that are levels and empty texts: one file, trained on and predicted."
+    rng = np.random.default_rng(1)
+    n = 600
+    flag, code = rng.random(n) < 0.5, rng.choice(["1", "2", "3", "x"], n)
+    gap = rng.choice(["", "left", "right"], n)
+    yes = flag ^ np.isin(code, ["1", "x"]) ^ (gap == "") ^ (rng.random(n) < 0.1)
+    written = pl.DataFrame({"flag": [str(f) for f in flag], "code": code, "gap": gap,
+                            "y": np.where(yes, "yes", "no")})
+    written.write_csv(tmp_path / "t.csv")
+    columns = Columns(target="y", positive="yes")
+    schema = learn_schema(read_table(tmp_path / "t.csv"), columns)
+    table = conform(read_table(tmp_path / "t.csv"), schema)
+    pipeline = fitted(RandomForestClassifier(15, random_state=0), to_frame(table, schema), to_labels(table, schema),
+                      schema, -1.0)
+    expected = pipeline.predict_proba(to_frame(table, schema))[:, 1]
+    assert np.ptp(expected) > 0.5 and pipeline[0].levels_["flag"] == ["false", "true"]
+    compile_pipeline(pipeline, schema).save(tmp_path)
+    predictor = Predictor.load(tmp_path)
+    as_they_are = written.with_columns(pl.Series("flag", flag))
+    as_they_are.write_parquet(tmp_path / "t.parquet")
+    numbered = as_they_are.filter(pl.col("code") != "x").with_columns(pl.col("code").cast(pl.Float64))
+    numbered.write_parquet(tmp_path / "numbered.parquet")  # as pandas writes whole numbers with gaps
+    for file, wanted in (("t.csv", expected), ("t.parquet", expected), ("numbered.parquet", expected[code != "x"])):
+        parts = list(predictions(tmp_path / file, table_model(predictor, schema), schema))
+        assert np.abs(pl.concat(parts)["probability"].to_numpy() - wanted).max() < TOLERANCE, file
+    request = RequestModel(schema)
+    for frame in (written, as_they_are):
+        body = json.dumps({"data": frame.drop("y").to_dicts()}).encode()
+        values, _ = request.decode(body)
+        assert request.unknown(values) == {}
+        assert np.abs(predictor.predict(values) - expected).max() < TOLERANCE
+    assert learn_schema(read_table(tmp_path / "t.parquet"), columns) == schema
 
 
 CLASSIFIERS = {

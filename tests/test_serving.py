@@ -1,3 +1,4 @@
+import difflib
 import json
 import math
 import os
@@ -156,7 +157,9 @@ BAD = [
     ({"fnlwgt": "many"}, "data.fnlwgt"), ({"income": ">50K"}, "data.income: is what is predicted"),
     ({"marital_status": "Divorced"}, "did you mean 'marital-status'?"), ({"": 1}, "data.: no such field"),
     ({"age": math.nan}, "data.age"), ({"capital-gain": math.inf}, "data.capital-gain"),
-    ({"capital-loss": -math.inf}, "data.capital-loss"),
+    ({"capital-loss": -math.inf}, "data.capital-loss"), ({"age": "\ud800"}, "data.age: expected a number"),
+    ({"native-country": "Pe\udc80ru"}, "data.native-country: expected a text or null, got the text"),
+    ({"\ud800": 1}, "data.\\ud800: no such field"), ({"x" * 9000: 1}, "data." + "x" * 57 + "…: no such field"),
 ]
 
 
@@ -167,6 +170,22 @@ def test_a_wrong_field_is_named(shared, rows, changes, words):
     many = [rows.requests[0], {**rows.requests[1], **changes}]
     reply = shared.client.post("/predict", content=json.dumps({"data": many}))
     assert reply.status_code == 422 and words.replace("data.", "data[1].") in reply.json()["detail"]
+
+
+def test_a_body_full_of_misspelt_fields_is_not_read_to_its_end(shared, rows, monkeypatch):
+    "Each comparison with all columns takes its time, and nobody else is answered meanwhile."
+    compared = []
+    real = difflib.get_close_matches
+    monkeypatch.setattr(difflib, "get_close_matches", lambda word, *a: compared.append(word) or real(word, *a))
+    many = {f"marital_status_{i}": i for i in range(5000)}
+    for data in ({**rows.requests[0], **many}, [{**rows.requests[0], **many}]):
+        detail = shared.client.post("/predict", json={"data": data}).json()["detail"]
+        assert detail.count("no such field") == 10 and detail.endswith("; and more")
+    assert len(compared) <= 22
+    detail = shared.client.post("/predict", json={"data": rows.requests[0], **many}).json()["detail"]
+    assert detail.count("no such field") == 10 and len(detail) < 2000
+    long = shared.client.post("/predict", json={"data": {**rows.requests[0], "x" * 400_000: 1}}).json()["detail"]
+    assert len(long) < 200 and len(max(compared, key=len)) <= 100
 
 
 def test_every_missing_field_is_named(shared, rows):
