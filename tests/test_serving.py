@@ -317,6 +317,43 @@ def test_openapi_shows_the_real_fields_and_a_row_that_works(shared, rows):
     assert "APIKeyHeader" in document["components"]["securitySchemes"]
 
 
+def test_every_problem_has_the_form_that_openapi_says(shared, rows, tmp_path):
+    from jsonschema import Draft202012Validator
+    document = shared.client.get("/openapi.json").json()
+    assert "HTTPValidationError" not in json.dumps(document)
+    seen = set()
+
+    def check(method, path, status, client=shared.client, route=None, **request):
+        reply = client.request(method, path, **request)
+        assert reply.status_code == status, reply.text
+        told = document["paths"][route or path][method]["responses"][str(status)]
+        schema = {**told["content"]["application/json"]["schema"], "components": document["components"]}
+        Draft202012Validator(schema).validate(reply.json())
+        assert schema["$ref"].endswith("/Problem") and set(reply.json()) == {"detail"}
+        seen.add(status)
+    newest = {"alias": "newest", "model": "XGBoost"}
+    for path in ("/predict", "/explain"):
+        check("post", path, 400, content=b"{")
+        check("post", path, 422, json={"data": {}})
+        check("post", path, 413, json={"data": rows.requests[:51]})
+        check("post", path, 403, json={}, headers={"Host": "evil.example"})
+    check("post", "/explain", 409, json={"data": rows.requests[0]})
+    check("post", "/set_model", 401, json=newest)
+    check("post", "/set_model", 404, json={"alias": "nobody"}, headers=shared.key)
+    check("post", "/set_model", 409, json=newest, headers=shared.key)
+    check("post", "/set_model", 422, json={}, headers=shared.key)
+    evaluation = "/models/{family}/{version}/evaluation"
+    check("get", "/models/XGBoost/9/evaluation", 404, route=evaluation)
+    check("get", "/models/XGBoost/nine/evaluation", 422, route=evaluation)
+    with start(make_settings(tmp_path / "empty")) as empty:
+        for method, path in (("post", "/predict"), ("post", "/explain"), ("get", "/ready"), ("get", "/schema")):
+            check(method, path, 503, empty, json={"data": {}} if method == "post" else None)
+    assert seen == {400, 401, 403, 404, 409, 413, 422, 503}
+    body = document["paths"]["/explain"]["post"]["requestBody"]["content"]["application/json"]["schema"]
+    assert Draft202012Validator(body).is_valid({"data": rows.requests[0]})
+    assert not Draft202012Validator(body).is_valid({"data": {}})
+
+
 def test_the_documentation_page_needs_no_network(shared):
     page = shared.client.get("/docs").text
     assert "http://" not in page and "https://" not in page
@@ -458,8 +495,9 @@ def test_newest_by_hand_is_pinned(app):
     from mlflow import MlflowClient
     c = MlflowClient(app.settings.tracking_uri)
     c.set_registered_model_alias("adult-income.XGBoost", "newest", "2")
-    reply = app.client.post("/set_model", json={"alias": "newest"}, headers=app.key).json()
-    assert (reply["model_version"], reply["follows"]) == (2, False)
+    for alias in ("newest", "Newest"):
+        reply = app.client.post("/set_model", json={"alias": alias}, headers=app.key).json()
+        assert (reply["model_version"], reply["follows"]) == (2, False)
     c.set_registered_model_alias("adult-income.XGBoost", "newest", "1")
     time.sleep(0.6)
     assert app.serving("XGBoost", 2)
