@@ -52,7 +52,8 @@ def register_all(settings: Settings, dataset: Any, pipelines: dict[str, Any]) ->
     import mlflow
     settings.state.mkdir(parents=True, exist_ok=True)
     mlflow.set_tracking_uri(settings.tracking_uri)
-    mlflow.create_experiment(settings.mlflow.experiment_name, (settings.state / "artifacts").as_uri())
+    if mlflow.get_experiment_by_name(settings.mlflow.experiment_name) is None:
+        mlflow.create_experiment(settings.mlflow.experiment_name, (settings.state / "artifacts").as_uri())
     mlflow.set_experiment(settings.mlflow.experiment_name)
     found, X_test = {}, to_frame(dataset.holdout, dataset.schema)
     for family, pipeline in pipelines.items():

@@ -4,7 +4,8 @@
    same body with pydantic and returns a constant (no model at all); `mlflow models serve` of the same models.
 2. 1,000 rows a request, 4 connections: rows per second of our `/predict` and of the pipeline called in this process.
 3. From the start of the process to the first prediction, and the memory of one worker.
-4. 200 changes of the served model while 16 connections predict: every answer is one of the two models' own.
+4. 200 changes of the served model among three, two of them versions of one family, while 16 connections predict, some
+   of them 100 rows at a time: every answer is exactly what the version that it names gives, with its label.
 
 All of a part take turns, several times; medians and ratios of medians are shown.
 """
@@ -22,14 +23,20 @@ import threading
 import time
 import urllib.error
 import urllib.request
+from collections import Counter
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 from _fitted import fit, project, register_all, requests
 
-from income_mlops.processing import to_frame
+from income_mlops import promotion
+from income_mlops.models import ModelFactory, XGBoost
+from income_mlops.predictor import Predictor
+from income_mlops.processing import to_frame, to_labels
+from income_mlops.registry import Version, download
 
 FAMILIES = ("XGBoost", "RandomForest")
 
@@ -99,20 +106,20 @@ def running(command: list[str], port: int, path: str, body: bytes, **env: str) -
 
 
 def our_api(settings: Any, port: int) -> list[str]:
-    code = "import sys; from income_mlops.serving import serve; from income_mlops.settings import load_settings; " \
-           f"serve(load_settings(sys.argv[1]), {port})"
-    return [sys.executable, "-c", code, str(settings.root / "settings.ini")]
+    "As a person starts it, but for the worker, which is another process."
+    return [sys.executable, "-m", "income_mlops.cli", "--settings", str(settings.root / "settings.ini"),
+            "serve", "--no-worker", "--port", str(port)]
 
 
 # ── measures ──────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 def wrk(port: int, path: str, body: bytes, seconds: float, folder: Path) -> dict[str, float]:
-    "Requests per second, p50 and p99 in milliseconds. An answer that is not 2xx ends the benchmark."
+    "Requests per second, p50 and p99 in milliseconds. An answer that is not 2xx, or none, ends the benchmark."
     (folder / "post.lua").write_text(f"wrk.method = 'POST'\nwrk.body = [==[{body.decode()}]==]\n"
                                      "wrk.headers['Content-Type'] = 'application/json'\n")
     said = subprocess.run(["wrk", "-t1", "-c16", f"-d{seconds:g}s", "--latency", "-s", str(folder / "post.lua"),
                            f"http://127.0.0.1:{port}{path}"], capture_output=True, text=True, check=True).stdout
-    if "Non-2xx" in said:
+    if "Non-2xx" in said or "Socket errors" in said:
         raise SystemExit(f"not every answer was good:\n{said}")
 
     def ms(percent: str) -> float:
@@ -132,14 +139,12 @@ def rows_per_second(port: int, bodies: list[bytes], seconds: float, connections:
             reply = connection.getresponse()
             reply.read()
             if reply.status != 200:
-                raise SystemExit(f"a batch was answered with {reply.status}")
+                raise RuntimeError(f"a batch was answered with {reply.status}")
             done[i] += 1
     start = time.perf_counter()
-    threads = [threading.Thread(target=client, args=(i,)) for i in range(connections)]
-    for t in threads:
-        t.start()
-    for t in threads:
-        t.join()
+    with ThreadPoolExecutor(connections) as pool:
+        for ended in [pool.submit(client, i) for i in range(connections)]:
+            ended.result()  # what went wrong in a thread ends the benchmark
     return sum(done) * 1000 / (time.perf_counter() - start)
 
 
@@ -192,32 +197,45 @@ def batches(ports: dict[str, int], servers: dict[str, Server], pipelines: dict[s
     rows = requests(dataset, 8000)
     bodies = [json.dumps({"data": rows[i:i + 1000]}).encode() for i in range(0, 8000, 1000)]
     frame = to_frame(dataset.holdout, dataset.schema)
+    registered = ", ".join(f"{f} {p[-1].n_jobs}" for f, p in pipelines.items())
     print(f"\n2. Rows per second, 1,000 rows a request, 4 connections, one worker, median of {rounds} rounds, against "
-          f"the pipeline\n   as registered (n_jobs = {pipelines[FAMILIES[1]][-1].n_jobs}) and called with frames of "
-          "1,000 rows; in brackets processor time, ms for 1,000 rows")
-    print(f"{'':16}{'over HTTP':>22}{'pipeline in process':>22}{'ratio':>8}{'by processor time':>20}")
+          f"the pipeline\n   called with frames of 1,000 rows, as registered (n_jobs: {registered}) and with n_jobs=-1;"
+          "\n   in brackets processor time, ms for 1,000 rows, which the last column compares")
+    print(f"{'':16}{'over HTTP':>22}{'pipeline in process':>22}{'ratio':>8}{'n_jobs=-1':>12}{'ratio':>8}"
+          f"{'by processor time':>20}")
     for family, port in ports.items():
-        ours, theirs, own, their = [], [], [], []
+        ours, theirs, own, their, wide = [], [], [], [], []
+        jobs = pipelines[family][-1].n_jobs
         for r in range(rounds):
             before = processor_seconds(servers[family])
             start = time.perf_counter()
             ours.append(rows_per_second(port, bodies, seconds))
             rows_done = ours[-1] * (time.perf_counter() - start)
             own.append(1e6 * (processor_seconds(servers[family]) - before) / rows_done)
-            start, used, n = time.perf_counter(), time.process_time(), 0
-            while time.perf_counter() - start < seconds:
-                at = 1000 * ((n + r) % 8)
-                pipelines[family].predict_proba(frame.iloc[at:at + 1000])
-                n += 1
-            theirs.append(n * 1000 / (time.perf_counter() - start))
-            their.append(1e3 * (time.process_time() - used) / n)
+            rate, each = pipeline_rate(pipelines[family], frame, r, seconds)
+            theirs.append(rate)
+            their.append(each)
+            pipelines[family][-1].set_params(n_jobs=-1)
+            wide.append(pipeline_rate(pipelines[family], frame, r, seconds)[0])
+            pipelines[family][-1].set_params(n_jobs=jobs)
         print(f"{family:16}{f'{median(ours):,.0f} ({median(own):.1f})':>22}"
               f"{f'{median(theirs):,.0f} ({median(their):.1f})':>22}{median(ours) / median(theirs):8.2f}"
-              f"{median(their) / median(own):20.2f}", flush=True)
+              f"{median(wide):12,.0f}{median(ours) / median(wide):8.2f}{median(their) / median(own):20.2f}", flush=True)
+
+
+def pipeline_rate(pipeline: Any, frame: Any, first: int, seconds: float) -> tuple[float, float]:
+    "Rows per second in this process, and milliseconds of processor time for 1,000."
+    start, used, n = time.perf_counter(), time.process_time(), 0
+    while time.perf_counter() - start < seconds:
+        at = 1000 * ((n + first) % 8)
+        pipeline.predict_proba(frame.iloc[at:at + 1000])
+        n += 1
+    return n * 1000 / (time.perf_counter() - start), 1e3 * (time.process_time() - used) / n
 
 
 def starts(settings: dict[str, Any], body: bytes, rounds: int) -> None:
-    print(f"\n3. From the start of the process to the first prediction, median of {rounds}, model in the state folder")
+    print(f"\n3. From the start of `income-mlops serve` to the first prediction, median of {rounds}, model in the "
+          "state folder")
     for family, s in settings.items():
         times = []
         for _ in range(rounds):
@@ -228,42 +246,59 @@ def starts(settings: dict[str, Any], body: bytes, rounds: int) -> None:
         print(f"{family:16}{median(times):8.2f} s   {used:6.0f} MB at the first prediction")
 
 
-def swaps(settings: Any, port: int, key: str, dataset: Any, pipelines: dict[str, Any], times: int) -> None:
-    "Change the served model while 16 connections predict."
+def swaps(settings: Any, port: int, key: str, dataset: Any, models: dict[tuple[str, str], Version],
+          times: int) -> None:
+    "Change the served model, given as alias and family, while 16 connections predict."
     rows = requests(dataset, 200)
-    frame = to_frame(dataset.holdout, dataset.schema).head(200)
-    prefix = settings.mlflow.experiment_name
-    expected = {f"{prefix}.{f}": p.predict_proba(frame)[:, 1].tolist() for f, p in pipelines.items()}
-    bodies = [json.dumps({"data": row}).encode() for row in rows]
-    stop, seen, wrong = threading.Event(), dict.fromkeys(expected, 0), []
+    expected: dict[tuple[str, int], list[float]] = {}
+    for v in models.values():
+        with tempfile.TemporaryDirectory() as d:
+            download(settings, v, Path(d))
+            expected[v.name, v.version] = Predictor.load(Path(d) / "serving" / "predictor").predict_rows(rows).tolist()
+    negative, positive = dataset.schema.classes
+    stop, wrong = threading.Event(), []  # type: ignore[var-annotated]
+    seen, done = Counter[tuple[str, int]](), [0] * 16
 
-    def client(i: int) -> None:
-        connection = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
-        while not stop.is_set():
-            i = (i + 1) % 200
-            connection.request("POST", "/predict", bodies[i])
-            reply = connection.getresponse()
-            answer = json.loads(reply.read())
-            if reply.status != 200 or abs(answer["probability"] - expected[answer["model_name"]][i]) > 1e-6:
-                wrong.append((reply.status, answer))
-                return
-            seen[answer["model_name"]] += 1
-    threads = [threading.Thread(target=client, args=(12 * i,)) for i in range(16)]
+    def check(status: int, answer: Any, asked: slice) -> None:
+        "Equal to the last bit, and every part of it of one model."
+        which = answer["model_name"], answer["model_version"]
+        labels, p = ((answer[k] if isinstance(answer[k], list) else [answer[k]]) for k in ("prediction", "probability"))
+        if status != 200 or p != expected[which][asked] or labels != [positive if v >= 0.5 else negative for v in p]:
+            wrong.append((status, answer))
+        seen[which] += 1
+
+    def client(n: int) -> None:
+        connection, i = http.client.HTTPConnection("127.0.0.1", port, timeout=60), 12 * n
+        many = n % 4 == 0
+        try:
+            while not stop.is_set():
+                i = (i + 1) % (100 if many else 200)
+                asked = slice(i, i + 100) if many else slice(i, i + 1)
+                connection.request("POST", "/predict", json.dumps({"data": rows[asked] if many else rows[i]}))
+                reply = connection.getresponse()
+                check(reply.status, json.loads(reply.read()), asked)
+                done[n] += 1
+        except Exception as e:  # a connection that broke, an answer that is none: all of it is wrong
+            wrong.append((f"client {n}", repr(e)))
+    threads = [threading.Thread(target=client, args=(n,)) for n in range(16)]
     for t in threads:
         t.start()
-    start = time.perf_counter()
+    start, asked = time.perf_counter(), [*models]
     for n in range(times):
-        status, said = post(port, "/set_model", json.dumps({"alias": "newest", "model": FAMILIES[n % 2]}).encode(), key)
-        if status != 200:
+        alias, family = asked[n % len(asked)]
+        status, said = post(port, "/set_model", json.dumps({"alias": alias, "model": family}).encode(), key)
+        told = json.loads(said or b"{}")
+        if status != 200 or told["model_version"] != models[alias, family].version:
             wrong.append((status, said))
     took = time.perf_counter() - start
     stop.set()
     for t in threads:
         t.join()
-    print(f"\n4. {times} changes of the served model in {took:.0f} s while 16 connections predict: "
-          f"{sum(seen.values()):,} answers ({', '.join(f'{v:,} {k}' for k, v in seen.items())}), {len(wrong)} wrong")
-    if wrong or not all(seen.values()):
-        raise SystemExit(str(wrong[:3]))
+    shown = ", ".join(f"{n:,} {name} {version}" for (name, version), n in sorted(seen.items()))
+    print(f"\n4. {times} changes of the served model in {took:.0f} s while 16 connections predict: {sum(done):,} "
+          f"answers ({shown}; at least {min(done):,} on each connection), {len(wrong)} wrong")
+    if wrong or {*seen} != {*expected} or not all(done):
+        raise SystemExit(f"wrong: {wrong[:3]}, answers of each connection: {done}")
 
 
 def main() -> None:
@@ -285,6 +320,10 @@ def main() -> None:
 
 def measure(folder: Path, settings: Any, given: Any) -> None:
     dataset, pipelines = fit(settings)
+    X, y = to_frame(dataset.train, dataset.schema).head(3000), to_labels(dataset.train, dataset.schema)[:3000]
+    small = ModelFactory(settings, dataset.schema).make("XGBoost").fit(X, y, XGBoost.default, 50)
+    first = register_all(settings, dataset, {"XGBoost": small})["XGBoost"]
+    promotion.promote(settings, "XGBoost", first.version, "small")
     versions = register_all(settings, dataset, pipelines)
     row = requests(dataset, 1)[0]
     one, theirs = json.dumps({"data": row}).encode(), json.dumps({"dataframe_records": [row]}).encode()
@@ -322,7 +361,9 @@ def measure(folder: Path, settings: Any, given: Any) -> None:
         show_memory(processes)
         batches({f: ports[f"/predict {f}"][0] for f in FAMILIES}, {f: processes[f"/predict {f}"] for f in FAMILIES},
                 pipelines, dataset, given.rounds, given.seconds)
-        swaps(settings, ports["/predict XGBoost"][0], keys["XGBoost"], dataset, pipelines, 200)
+        three = {("newest", "XGBoost"): versions["XGBoost"], ("small", "XGBoost"): first,
+                 ("newest", "RandomForest"): versions["RandomForest"]}
+        swaps(settings, ports["/predict XGBoost"][0], keys["XGBoost"], dataset, three, 200)
     starts(projects, one, 5)
 
 

@@ -128,7 +128,7 @@ def table_model(
 ) -> Model:
     "An engine as a function of conforming rows."
     if isinstance(engine, Predictor):
-        return partial(engine.predict_table, threads=max(1, (os.cpu_count() or 1) // AHEAD))  # all cores are in use
+        return partial(engine.predict_table, threads=-(-(os.cpu_count() or 1) // AHEAD))  # no core is left over
     return lambda rows: engine.predict(rows.select(schema.names()).to_dict(as_series=False))
 
 
@@ -160,8 +160,8 @@ def _predicted(part: pl.DataFrame, lines: Sequence[int], file: Path, model: Mode
     try:
         probability = pl.Series("probability", model(rows), pl.Float64)
     except OutOfRange as e:
-        i = int(rows[e.column].cast(pl.Float32).is_infinite().arg_true()[0])
-        raise DataError(f"{file.name}: {_place(file)} {lines[i]}: {e}", e.column, lines[i]) from None
+        at = lines[e.row]
+        raise DataError(f"{file.name}: {_place(file)} {at}: {e}", e.column, at) from None
     labels = {True: schema.positive, False: schema.classes[0]}
     prediction = (probability >= threshold).replace_strict(labels, return_dtype=pl.String).alias("prediction")
     if keep and (both := {"prediction", "probability"} & set(part.columns)):

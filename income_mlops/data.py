@@ -28,7 +28,9 @@ def _learn_column(series: pl.Series) -> Column:
         whole = bool((s == s.floor()).all())
         low, high = (float(s.min()), float(s.max())) if len(s) else (None, None)  # type: ignore[arg-type]
         return Column(name=name, kind="number", integer=whole, minimum=low, maximum=high, missing=missing)
-    counts = series.drop_nulls().cast(pl.String).value_counts().sort(["count", name], descending=[True, False])
+    texts = series.cast(pl.String).replace("", None)
+    missing = texts.null_count() > 0
+    counts = texts.drop_nulls().value_counts().sort(["count", name], descending=[True, False])
     return Column(name=name, kind="category", categories=tuple(counts[name].head(MAX_CATEGORIES)), missing=missing)
 
 # %% ../nbs/01_data.ipynb #a60927bc
@@ -186,6 +188,19 @@ def _as_numbers(series: pl.Series, where: str) -> pl.Series:
                         series.name, row + 2)
     return numbers
 
+# %% ../nbs/01_data.ipynb #87c78c05
+def _as_texts(series: pl.Series, column: Column) -> pl.Series:
+    "Levels as they were learned."
+    floats = series.dtype.is_float()
+    texts = (series.fill_nan(None) if floats else series).cast(pl.String)
+    if floats:
+        known = pl.Series(column.categories, dtype=pl.String)
+        texts = texts.zip_with(texts.is_in(known.implode()), texts.str.strip_suffix(".0"))
+    if column.truth:
+        small = texts.str.to_lowercase()
+        texts = small.zip_with(small.is_in(["true", "false"]), texts)
+    return texts
+
 # %% ../nbs/01_data.ipynb #b557f688
 def conform(
     table: pl.DataFrame,
@@ -193,7 +208,7 @@ def conform(
     target: bool = True,  # the target must be there, too
     name: str = "",  # the file, for messages
 ) -> pl.DataFrame:
-    "The table in the schema's columns, order and types: numbers are Float64, categories String."
+    "The table in the schema's columns, order and types: numbers are Float64, categories String, `\"\"` is missing."
     where = f"{name}: " if name else ""
     wanted = [*schema.names(), *([schema.target] if target else [])]
     if absent := [c for c in wanted if c not in table.columns]:
@@ -201,10 +216,10 @@ def conform(
     out = []
     for column in schema.columns:
         if column.name in table.columns:
-            series = table[column.name]
-            if series.dtype == pl.String and schema.missing:
-                series = series.replace(dict.fromkeys(schema.missing))
-            out.append(_as_numbers(series, where) if column.kind == "number" else series.cast(pl.String))
+            series = table[column.name] if column.kind == "number" else _as_texts(table[column.name], column)
+            if series.dtype == pl.String:
+                series = series.replace(dict.fromkeys((*schema.missing, "")))
+            out.append(_as_numbers(series, where) if column.kind == "number" else series)
         elif column.name in schema.ignored:
             kind: Any = pl.Float64 if column.kind == "number" else pl.String
             out.append(pl.Series(column.name, [None] * table.height, kind))

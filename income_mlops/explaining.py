@@ -17,9 +17,10 @@ from fastapi import FastAPI, HTTPException, Request
 from starlette.concurrency import run_in_threadpool
 
 from . import registry
+from .answers import beyond
 from .contributions import FILE, Explainer
 from .loader import Loader
-from .predictor import OutOfRange
+from .predictor import OutOfRange, PredictorError
 from .requests import BadRequest, Columns
 from .served import Served, Store
 from .settings import Settings
@@ -40,12 +41,16 @@ class Explainers:
     ) -> Explainer:
         "409 where the model has none."
         folder = self._store.folder(served.version) / "serving" / "predictor"
-        if self._kept is None or self._kept[0] != folder:
+        kept = self._kept  # taken once: another request may bring another model's meanwhile
+        if kept is None or kept[0] != folder:
             if not (folder / FILE).is_file():
                 why = served.engine.why or "it was trained before explanations were stored with models"
                 raise HTTPException(409, f"{served} cannot be explained: {why}")
-            self._kept = folder, Explainer.load(folder)
-        return self._kept[1]
+            try:
+                self._kept = kept = folder, Explainer.load(folder)
+            except PredictorError as e:
+                raise HTTPException(409, f"{served} cannot be explained: {e}") from e
+        return kept[1]
 
 
 def explained(
@@ -114,17 +119,15 @@ def add_explain(
     "Add both routes to the application."
     explainers, evaluations = Explainers(settings), Evaluations(settings)
 
-    body = {"required": True, "content": {"application/json": {"schema": {
-        "type": "object", "description": f"As for `/predict`; at most {MOST} rows."}}}}
-
-    @app.post("/explain", tags=["predictions"], openapi_extra={"requestBody": body})
+    # the body is described when a model is there
+    @app.post("/explain", tags=["predictions"], openapi_extra={"requestBody": {"required": True, "content": {}}})
     async def post_explain(request: Request) -> dict[str, Any]:
         "What drove a prediction: exact Shapley values of every column. `base` and all of them add up to `sum`."
         served = loader.served
         if served is None:
             raise HTTPException(503, f"no model is served yet: {loader.reason}", {"Retry-After": "5"})
         try:
-            columns, single = served.request.decode(await request.body())
+            columns, single = served.request.decode(await request.body(), settings.serving.max_rows)
             if (n := len(next(iter(columns.values())))) > MOST:
                 raise HTTPException(413, f"data: {n} rows; /explain takes at most {MOST}")
             explainer = await run_in_threadpool(explainers.of, served)
@@ -132,7 +135,7 @@ def add_explain(
         except BadRequest as e:
             raise HTTPException(e.status, str(e)) from None
         except OutOfRange as e:
-            raise HTTPException(422, f"data: {e}") from None
+            raise HTTPException(422, beyond(e, single)) from None
 
     @app.get("/models/{family}/{version}/evaluation", tags=["models"])
     def get_evaluation(family: str, version: int) -> dict[str, Any]:

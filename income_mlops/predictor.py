@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['BLOCK', 'ALIKE', 'PredictorError', 'OutOfRange', 'Encoded', 'Category', 'Form', 'Encoder', 'open_session',
-           'Predictor']
+           'first_beyond', 'Predictor']
 
 # %% ../nbs/26_predictor.ipynb #3fbf5819
 import hashlib
@@ -26,9 +26,9 @@ class PredictorError(RuntimeError):
 class OutOfRange(ValueError):
     "A number that the model cannot take."
 
-    def __init__(self, message: str, column: str):
-        super().__init__(message)
-        self.column = column
+    def __init__(self, column: str, value: float, row: int = 0):
+        super().__init__(f"{column}: {value:g} is larger than the model can take (32-bit floats)")
+        self.column, self.row = column, row
 
 
 class _Strict(BaseModel):
@@ -132,6 +132,23 @@ def open_session(
     except Exception as e:  # its own classes, which differ between versions
         raise PredictorError(f"no model that ONNX Runtime can read: {str(e).splitlines()[0][:200]}") from e
 
+# %% ../nbs/26_predictor.ipynb #1f45eb70
+def first_beyond(
+    columns: Mapping[str, Any],  # n values each
+    names: Sequence[str],  # the numbers among them
+) -> OutOfRange | None:
+    "The first row with a number that is infinite as a 32-bit float."
+    found = []
+    for name in names:
+        with np.errstate(over="ignore"):
+            beyond = np.isinf(np.array(columns[name], dtype=np.float64).astype(np.float32))
+        if beyond.any():
+            found.append((int(beyond.argmax()), name))
+    if not found:
+        return None
+    row, name = min(found, key=lambda f: f[0])
+    return OutOfRange(name, float(columns[name][row]), row)
+
 # %% ../nbs/26_predictor.ipynb #e26fc3af
 BLOCK = 65_536  # rows encoded at once: some 20 MB; the more there are, the more are alike, and a forest is faster
 ALIKE = 256  # from so many rows on, bringing similar ones together pays: a forest answers 1.5 times as fast
@@ -176,10 +193,13 @@ class Predictor:
         "(n,) float64. `OutOfRange` for a number that the model cannot take, `KeyError` for a missing column."
         values = [columns[name] for name in self.inputs]
         n = len(values[0])
-        if n == 1:
-            return self._one([v[0] for v in values])
-        parts = [[v[i:i + BLOCK] for v in values] for i in range(0, n, BLOCK)]
-        return np.concatenate([self._many(part) for part in parts]) if parts else np.empty(0)
+        try:
+            if n == 1:
+                return self._one([v[0] for v in values])
+            parts = [[v[i:i + BLOCK] for v in values] for i in range(0, n, BLOCK)]
+            return np.concatenate([self._many(part) for part in parts]) if parts else np.empty(0)
+        except OutOfRange as e:  # of some rows in another order
+            raise first_beyond(columns, self.form.numbers) or e from None
 
     def predict_rows(self,
         rows: Sequence[Mapping[str, Any]],
@@ -224,8 +244,7 @@ class Predictor:
                 x[:, j] = v
         if self.form.finite and (beyond := np.isinf(x[:, :m])).any():
             i, j = np.argwhere(beyond)[0]
-            raise OutOfRange(f"{self.form.numbers[j]}: {numbers[j][i]:g} is larger than the model can take "
-                             "(32-bit floats)", self.form.numbers[j])
+            raise OutOfRange(self.form.numbers[j], numbers[j][i])
         np.negative(x[:, :m], out=x[:, m:2 * m])
         at = 2 * m
         for encoder, rows in zip(self._encoders, indices, strict=True):
@@ -252,8 +271,11 @@ class Predictor:
         def block(start: int) -> np.ndarray:
             rows = slice(start, start + size)
             return self._encoded([v[rows] for v in numbers], [v[rows] for v in indices])
-        with ThreadPoolExecutor(threads) as pool:
-            found = list(pool.map(block, range(0, table.height, size)))
+        try:
+            with ThreadPoolExecutor(threads) as pool:
+                found = list(pool.map(block, range(0, table.height, size)))
+        except OutOfRange as e:
+            raise first_beyond(table, self.form.numbers) or e from None
         return np.concatenate(found) if found else np.empty(0)
 
     def unknown(self,

@@ -8,7 +8,8 @@ __all__ = ['Columns', 'BadRequest', 'RequestModel', 'explain', 'typical_row', 'b
 # %% ../nbs/41_requests.ipynb #46a6eedf
 import difflib
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from itertools import islice
 from typing import Any
 
 import msgspec
@@ -27,14 +28,10 @@ class BadRequest(ValueError):
 Columns = dict[str, Sequence[Any]]  # feature → n values: float or None, str or None
 
 
-def _is_truth(column: Column) -> bool:
-    return bool(column.categories) and {*column.categories} <= {"true", "false"}
-
-
 def _type(column: Column) -> Any:
     if column.kind == "number":
         return float | None
-    return bool | str | None if _is_truth(column) else str | None
+    return bool | str | None if column.truth else str | None
 
 # %% ../nbs/41_requests.ipynb #cb6cc3e9
 def _body_type(schema: Schema) -> Any:
@@ -56,7 +53,7 @@ class RequestModel:
         self._decode = msgspec.json.Decoder(_body_type(schema)).decode
         self._names = schema.names()
         texts = [(i, c) for i, c in enumerate(schema.features) if c.kind == "category"]
-        self._truths = [i for i, c in texts if _is_truth(c)]
+        self._truths = [i for i, c in texts if c.truth]
         self._texts = [i for i, _ in texts]
         self._missing = frozenset((*schema.missing, ""))
         whole = [c for _, c in texts if len(c.categories) < MAX_CATEGORIES]  # one cut short cannot tell
@@ -81,7 +78,7 @@ class RequestModel:
                 raise BadRequest(f"data: {len(data)} rows; serving.max_rows allows {max_rows} a request", 413)
             values = list(zip(*map(msgspec.structs.astuple, data), strict=True))
         for i in self._truths:
-            values[i] = [str(v).lower() if isinstance(v, bool) else v for v in values[i]]
+            values[i] = [small if (small := str(v).lower()) in ("true", "false") else v for v in values[i]]
         for i in self._texts:
             if not self._missing.isdisjoint(values[i]):
                 values[i] = [None if v in self._missing else v for v in values[i]]
@@ -95,8 +92,24 @@ class RequestModel:
                 for name, known in self._known if not known.issuperset(columns[name])}
 
 # %% ../nbs/41_requests.ipynb #a2c122e9
+_MOST = 10  # problems that are told
+
+
 class _NotFinite:
     "Stands for NaN or an infinity in a request that is being explained."
+
+
+def _whole(text: str) -> bool:
+    "Whether a text has no halves of characters: JSON's `\\ud800` alone stands for nothing."
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def _cut(text: str) -> str:
+    return text if len(text) <= 60 else text[:57] + "…"
 
 
 def _shown(value: Any) -> str:
@@ -104,7 +117,8 @@ def _shown(value: Any) -> str:
         return "a number that is not finite"
     what = {str: "the text ", bool: "", int: "the number ", float: "the number ", list: "a list", dict: "an object"}
     text = "" if isinstance(value, list | dict) else json.dumps(value, ensure_ascii=False)
-    return what.get(type(value), "") + (text if len(text) <= 60 else text[:57] + "…")
+    half = isinstance(value, str) and not _whole(value)
+    return what.get(type(value), "") + _cut(text) + (" with half of a character" if half else "")
 
 
 def _fits(value: Any, column: Column) -> bool:
@@ -113,25 +127,29 @@ def _fits(value: Any, column: Column) -> bool:
     if column.kind == "number":
         finite = not isinstance(value, float) or abs(value) != float("inf")
         return isinstance(value, int | float) and not isinstance(value, bool) and finite
-    return isinstance(value, str) or (isinstance(value, bool) and _is_truth(column))
+    return (isinstance(value, str) and _whole(value)) or (isinstance(value, bool) and column.truth)
+
+# %% ../nbs/41_requests.ipynb #b525b12f
+def _meant(name: str, known: dict[str, Column]) -> str:
+    "A question for the column that a misspelt name may stand for; comparing long names, or with very many, takes long."
+    close = difflib.get_close_matches(name, known, 1) if len(name) <= 100 and len(known) <= 1000 else []
+    return f"; did you mean {close[0]!r}?" if close else ""
 
 
-def _row_problems(row: Any, where: str, schema: Schema) -> list[str]:
+def _row_problems(row: Any, where: str, schema: Schema, known: dict[str, Column]) -> Iterator[str]:
     if not isinstance(row, dict):
-        return [f"{where}: expected an object of fields, got {_shown(row)}"]
-    known = {c.name: c for c in schema.columns}
-    absent = [name for name in schema.names() if name not in row]
-    problems = [f"{where}.{name}: missing; null if its value is not known" for name in absent]
+        yield f"{where}: expected an object of fields, got {_shown(row)}"
+        return
+    yield from (f"{where}.{name}: missing; null if its value is not known" for name in schema.names()
+                if name not in row)
     for name, value in row.items():
         if name == schema.target:
-            problems.append(f"{where}.{name}: is what is predicted; leave it out")
+            yield f"{where}.{name}: is what is predicted; leave it out"
         elif name not in known:
-            close = difflib.get_close_matches(name, known, 1)
-            problems.append(f"{where}.{name}: no such field" + (f"; did you mean {close[0]!r}?" if close else ""))
+            yield f"{where}.{_cut(name)}: no such field{_meant(name, known)}"
         elif not _fits(value, known[name]):
             kind = "a number" if known[name].kind == "number" else "a text"
-            problems.append(f"{where}.{name}: expected {kind} or null, got {_shown(value)}")
-    return problems
+            yield f"{where}.{name}: expected {kind} or null, got {_shown(value)}"
 
 # %% ../nbs/41_requests.ipynb #c5efa493
 _FORM = 'the body must be {"data": {…}} or {"data": [{…}, …]}'
@@ -155,19 +173,22 @@ def explain(
         return BadRequest(f"the body is not JSON: {e}", 400)
     if not isinstance(parsed, dict):
         return BadRequest(f"{_FORM}, got {_shown(parsed)}")
-    problems = [f"{name}: no such field; {_FORM}" for name in parsed if name != "data"]
+    problems = list(islice(_problems(parsed, schema), _MOST + 1))
+    if len(problems) > _MOST:
+        problems[_MOST] = "and more"
+    said = "; ".join(problems) or otherwise
+    return BadRequest(said.encode(errors="backslashreplace").decode())  # a name may hold halves of characters, too
+
+
+def _problems(parsed: dict[str, Any], schema: Schema) -> Iterator[str]:
+    "Found one by one: whoever has heard enough stops, and a body of any size costs no more than its reading."
     if "data" not in parsed:
-        problems = [f"data: missing; {_FORM}"]
-    elif isinstance(parsed["data"], list):
-        for i, row in enumerate(parsed["data"]):
-            problems += _row_problems(row, f"data[{i}]", schema)
-            if len(problems) > 10:
-                break
-    else:
-        problems += _row_problems(parsed["data"], "data", schema)
-    if len(problems) > 10:
-        problems = [*problems[:10], "and more"]
-    return BadRequest("; ".join(problems) or otherwise)
+        yield f"data: missing; {_FORM}"
+        return
+    yield from (f"{_cut(name)}: no such field; {_FORM}" for name in parsed if name != "data")
+    data, known = parsed["data"], {c.name: c for c in schema.columns}
+    for i, row in enumerate(data if isinstance(data, list) else [data]):
+        yield from _row_problems(row, f"data[{i}]" if isinstance(data, list) else "data", schema, known)
 
 # %% ../nbs/41_requests.ipynb #cb32c13b
 def _describe(column: Column, ignored: bool) -> dict[str, Any]:
@@ -180,7 +201,7 @@ def _describe(column: Column, ignored: bool) -> dict[str, Any]:
         text = f"In the training data: {some}. Another level is accepted and counted."
     if ignored:
         text = "Not used by the model; may be left out. " + text
-    kinds = ["number"] if column.kind == "number" else ["string", *(["boolean"] if _is_truth(column) else [])]
+    kinds = ["number"] if column.kind == "number" else ["string", *(["boolean"] if column.truth else [])]
     return {"type": [*kinds, "null"], "description": text}
 
 

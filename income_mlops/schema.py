@@ -37,6 +37,11 @@ class Column(BaseModel):
     missing: bool = False
     "Some values were missing."
 
+    @property
+    def truth(self) -> bool:
+        "Its levels are truth values; texts for them are taken in any case of letters."
+        return bool(self.categories) and {*self.categories} <= {"true", "false"}
+
 # %% ../nbs/00a_schema.ipynb #db023120
 class Schema(BaseModel):
     "The columns of a table, which of them is predicted and which are features."

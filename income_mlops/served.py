@@ -6,11 +6,14 @@
 __all__ = ['Engine', 'NotServable', 'PipelineEngine', 'Served', 'load_served', 'load_engine', 'Asked', 'Record', 'Store']
 
 # %% ../nbs/43_served.ipynb #fabe7d5b
+import errno
+import filecmp
 import json
 import os
 import shutil
 import tempfile
 import time
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
@@ -21,7 +24,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from . import registry
 from .schema import Schema
-from .predictor import Predictor, PredictorError
+from .predictor import Predictor, PredictorError, first_beyond
 from .promotion import Choice
 from .registry import Version
 from .requests import Columns, RequestModel, typical_row
@@ -65,7 +68,12 @@ class PipelineEngine:
         import pandas as pd
         frame = pd.DataFrame({c.name: np.array(columns[c.name], dtype=float if c.kind == "number" else object)
                               for c in self._schema.features})
-        return np.asarray(self._pipeline.predict_proba(frame)[:, self._positive], dtype=float)
+        try:
+            return np.asarray(self._pipeline.predict_proba(frame)[:, self._positive], dtype=float)
+        except ValueError:  # of many kinds; one of them is the request's fault
+            if beyond := first_beyond(columns, self._schema.names("number")):
+                raise beyond from None
+            raise
 
 # %% ../nbs/43_served.ipynb #87006864
 @dataclass(frozen=True)
@@ -159,7 +167,28 @@ class Record(BaseModel):
     seen: dict[str, dict[str, int]] | None = None
     "The registry's aliases when it was chosen, where that was noted."
 
+# %% ../nbs/43_served.ipynb #e118063c
+def _to_disk(folder: Path, below: bool = True) -> None:
+    "Wait until the folder, and the files below it, would survive a power cut."
+    for path in (folder, *(folder.rglob("*") if below else ())):
+        handle = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
 
+
+def _same(one: Path, other: Path) -> bool:
+    "Whether two folders hold the same files."
+    def files(folder: Path) -> list[Path]:
+        return sorted(f.relative_to(folder) for f in folder.rglob("*") if f.is_file())
+    try:
+        names = files(one)
+        return names == files(other) and all(filecmp.cmp(one / n, other / n, shallow=False) for n in names)
+    except OSError:  # replaced meanwhile
+        return False
+
+# %% ../nbs/43_served.ipynb #fdcb86c0
 class Store:
     "The last served models on disk."
 
@@ -195,12 +224,26 @@ class Store:
             registry.download(self.settings, version, partial)
             if self._needs_pipeline(partial):
                 registry.download_model(self.settings, version, partial)
-            if folder.is_dir():
-                shutil.rmtree(folder)
-            partial.rename(folder)
+            _to_disk(partial)
+            self._put(partial, folder)
         finally:
             shutil.rmtree(partial, ignore_errors=True)
         return folder
+
+    def _put(self, partial: Path, folder: Path) -> None:
+        "Bring a download to its place, where others may bring the same at this moment, or read it."
+        while not _same(partial, folder):
+            aside = Path(tempfile.mkdtemp(dir=self.root, prefix=".old"))
+            try:
+                with suppress(FileNotFoundError):
+                    folder.rename(aside / "damaged")
+                partial.rename(folder)
+                return _to_disk(self.root, below=False)
+            except OSError as e:
+                if e.errno not in (errno.ENOTEMPTY, errno.EEXIST):  # somebody else was first: look again
+                    raise
+            finally:
+                shutil.rmtree(aside, ignore_errors=True)
 
     def write(self, record: Record) -> None:
         "Make the record the current one; keep its folder and the last one, drop older ones."
@@ -211,11 +254,13 @@ class Store:
             f.flush()
             os.fsync(f.fileno())
         os.replace(name, self.root / "current.json")
+        _to_disk(self.root, below=False)
         keep = {self.folder(r.choice.version).name for r in (record, previous) if r}
         for old in self.root.iterdir():
-            abandoned = old.name.startswith(".") and old.stat().st_mtime < time.time() - 3600
-            if old.is_dir() and old.name not in keep and (abandoned or not old.name.startswith(".")):
-                shutil.rmtree(old, ignore_errors=True)
+            with suppress(FileNotFoundError):  # another's, and gone by now
+                abandoned = old.name.startswith(".") and old.stat().st_mtime < time.time() - 3600
+                if old.is_dir() and old.name not in keep and (abandoned or not old.name.startswith(".")):
+                    shutil.rmtree(old, ignore_errors=True)
 
     def read(self) -> Record | None:
         "The current record, if there is one for this experiment."

@@ -42,8 +42,9 @@ def model_info(
     v = served.version
     return {"model_name": v.name, "model_version": v.version, "family": v.family, "alias": served.alias,
             "pinned": served.pinned, "others": served.others, "since": served.since, "chosen_by": served.by,
-            "follows": settings.serving.follow_alias and served.alias != registry.NEWEST, "engine": served.engine.name,
-            "engine_reason": served.engine.why, "threshold": settings.serving.threshold, "run_id": v.run_id,
+            "follows": settings.serving.follow_alias and served.alias.lower() != registry.NEWEST,
+            "engine": served.engine.name, "engine_reason": served.engine.why,
+            "threshold": settings.serving.threshold, "run_id": v.run_id,
             "dataset": v.dataset, "created": v.created, "aliases": v.aliases, "metrics": v.metrics,
             "evaluation": served.evaluation}
 
@@ -172,16 +173,11 @@ def _predict_path(served: Served | None) -> dict[str, Any]:
     answer = {"type": "object", "properties": {
         **{name: {"anyOf": [one, {"type": "array", "items": one}]} for name, one in values.items()},
         "model_name": {"type": "string"}, "model_version": {"type": "integer"}}}
-    problem = {"type": "object", "properties": {"detail": {"type": "string"}}}
-    told = {"400": "Not JSON", "413": "Too large", "422": "A field is missing, unknown or of the wrong type",
-            "503": "No model is served yet"}
-    problems = {s: {"description": d, "content": {"application/json": {"schema": problem}}} for s, d in told.items()}
     return {"post": {
         "tags": ["predictions"], "summary": "Predict one row or many", "operationId": "predict",
         "description": "The label and the probability of the positive class; lists if `data` is a list.",
         "requestBody": {"required": True, "content": {"application/json": {"schema": body}}},
-        "responses": {"200": {"description": "The prediction", "content": {"application/json": {"schema": answer}}},
-                      **problems}}}
+        "responses": {"200": {"description": "The prediction", "content": {"application/json": {"schema": answer}}}}}}
 
 
 def _describe(app: FastAPI, loader: Loader) -> None:
@@ -191,11 +187,38 @@ def _describe(app: FastAPI, loader: Loader) -> None:
         served = loader.served
         if made[0] is not served:
             document = get_openapi(title=app.title, version=app.version, description=app.description, routes=app.routes)
-            document["paths"] = {"/predict": _predict_path(served), **document["paths"]}
+            predict = _predict_path(served)
+            document["paths"] = {"/predict": predict, **document["paths"]}
+            document["paths"]["/explain"]["post"]["requestBody"] = predict["post"]["requestBody"]
+            _add_problems(document)
             made[:] = served, document
         return dict(made[1])
 
     app.openapi = openapi  # type: ignore[method-assign]
+
+# %% ../nbs/46_serving.ipynb #c7c332c1
+_PROBLEMS = {"400": "The body cannot be read", "401": "The API key is missing or wrong",
+             "403": "The host, or the page that asks, is not allowed", "404": "Not there", "409": "Not possible now",
+             "413": "Too large", "422": "Something is missing, unknown or of the wrong type", "500": "Internal error",
+             "503": "There is no model yet, or the registry does not answer"}
+
+
+def _add_problems(document: dict[str, Any]) -> None:
+    "Every problem is one line in `detail`; FastAPI supposes another form, and only of some."
+    schemas = document.setdefault("components", {}).setdefault("schemas", {})
+    for name in ("HTTPValidationError", "ValidationError"):
+        schemas.pop(name, None)
+    schemas["Problem"] = {"type": "object", "required": ["detail"], "properties": {"detail": {"type": "string"}}}
+    content = {"application/json": {"schema": {"$ref": "#/components/schemas/Problem"}}}
+    for path, methods in document["paths"].items():
+        for method, operation in methods.items():
+            body, changes = "requestBody" in operation, method != "get" and path != "/predict"
+            may = {"400": body, "401": "security" in operation, "404": "{" in path or changes, "409": changes,
+                   "413": body, "422": body or "parameters" in operation}
+            own = operation["responses"]
+            own.pop("422", None)
+            own |= {s: {"description": d, "content": content} for s, d in _PROBLEMS.items()
+                    if may.get(s, True) and s not in own}
 
 # %% ../nbs/46_serving.ipynb #1d3a8c19
 Part = Callable[[FastAPI], AbstractAsyncContextManager[None]]

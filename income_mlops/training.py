@@ -226,7 +226,7 @@ def log_serving(
     with tempfile.TemporaryDirectory() as d:
         folder = Path(d)
         stored = store_compiled(candidate.pipeline, trainer.schema, X, folder / "predictor",
-                                trainer.settings.optimization.seed)
+                                trainer.settings.optimization.seed, trainer.settings.serving.threshold)
         mlflow.log_metrics(stored.metrics)
         if stored.reason is None:
             store_contributions(candidate.pipeline, folder / "predictor")

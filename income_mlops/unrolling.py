@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from .compiling import _encoded_names, _ensemble, _steps
-from .contributions import FILE
+from .contributions import FILE, FORMAT, VERSION, fingerprint
 from .trees import Ensemble, Tree
 
 Array = np.ndarray[Any, Any]
@@ -94,8 +94,9 @@ def store_contributions(
         block.append(tree)
         nodes += len(tree.leaf)
     blocks.append(flatten(block))
-    about = {"format": "income_mlops.contributions", "version": 1, "columns": _encoded_names(preprocessor),
-             "base": ensemble.base, "trees": len(trees), "mean": ensemble.mean, "blocks": len(blocks)}
     arrays: dict[str, Any] = {f"{k}_{i}": v for i, b in enumerate(blocks) for k, v in b.items()}
+    about = {"format": FORMAT, "version": VERSION, "columns": _encoded_names(preprocessor),
+             "base": ensemble.base, "trees": len(trees), "mean": ensemble.mean, "blocks": len(blocks),
+             "model": json.loads((folder / "predictor.json").read_bytes())["sha256"], "sha256": fingerprint(arrays)}
     np.savez_compressed(folder / FILE, about=np.array(json.dumps(about)), **arrays)
     return folder / FILE

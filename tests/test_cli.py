@@ -230,25 +230,6 @@ def test_kept_columns_are_as_they_were(there, tmp_path):
     assert lines[0].endswith(",prediction,probability")
 
 
-@pytest.mark.full
-@pytest.mark.parametrize("kind", ["csv", "parquet"])
-def test_memory_does_not_grow_with_the_file(there, tmp_path, kind):
-    rows = pl.read_csv("data/adult.test.csv", null_values=["?"])
-    code = "import re, sys; from income_mlops.cli import main\n" \
-           "try: main(sys.argv[1:])\n" \
-           "finally: print(re.search(r'VmHWM:\\s+(\\d+)', open('/proc/self/status').read())[1])"
-    highest = []
-    for times in (20, 124):
-        table = pl.concat([rows] * times)
-        file = tmp_path / f"{times}.{kind}"
-        (table.write_csv if kind == "csv" else table.write_parquet)(file)
-        done = subprocess.run([sys.executable, "-c", code, "predict", str(file), "--out", str(tmp_path / "out.csv")],
-                              capture_output=True, text=True)
-        assert done.returncode == 0 and f"{table.height:,} rows" in done.stderr, done.stderr
-        highest.append(int(done.stdout) / 1024)
-    assert highest[1] - highest[0] < 300, highest  # MB; 1.7 million rows more would take twice as much
-
-
 def test_threshold_is_the_setting(there, monkeypatch):
     monkeypatch.setenv("DYNACONF_SERVING__THRESHOLD", "0")
     assert set(pl.read_csv(run("predict", "data/adult.test.csv").stdout.encode())["prediction"]) == {">50K"}

@@ -2,8 +2,10 @@
 import json
 import subprocess
 import sys
+import tempfile
 import threading
 import time
+from copy import copy
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,15 +20,20 @@ from sklearn.pipeline import Pipeline
 from sklearn.preprocessing import OrdinalEncoder, StandardScaler
 from xgboost import XGBClassifier
 
+from income_mlops.batch import predictions, table_model
 from income_mlops.compiling import STRANGER, Compiled, compile_pipeline
-from income_mlops.data import Schema, conform, learn_schema
+from income_mlops.contributions import FILE, Explainer
+from income_mlops.data import Schema, conform, learn_schema, read_table
 from income_mlops.datasets import original
 from income_mlops.gate import TOLERANCE, edge_rows, gate, store_compiled
 from income_mlops.models import ModelFactory, RandomForest, XGBoost
 from income_mlops.predictor import Category, OutOfRange, Predictor, PredictorError
 from income_mlops.processing import CustomProcessor, customprocessor, ordinal_preprocessor, to_frame, to_labels
+from income_mlops.requests import RequestModel
+from income_mlops.served import PipelineEngine
 from income_mlops.settings import Columns, Preparation, load_settings
 from income_mlops.trees import NotCompilable, just_below, lay_out, read_booster, read_forest, rounded_down
+from income_mlops.unrolling import store_contributions
 
 HEAVY = {"pandas", "sklearn", "scipy", "xgboost", "mlflow", "joblib", "cloudpickle", "pickle5", "onnx"}
 Case = tuple[Pipeline, Compiled, Any, Schema]
@@ -54,6 +61,12 @@ def predictor(case: Case, tmp_path_factory: pytest.TempPathFactory) -> Predictor
     folder = tmp_path_factory.mktemp("predictor")
     case[1].save(folder)
     return Predictor.load(folder)
+
+
+def compiled_predictor(compiled: Compiled) -> Predictor:
+    with tempfile.TemporaryDirectory() as d:
+        compiled.save(Path(d))
+        return Predictor.load(d)
 
 
 def columns_of(frame: Any) -> dict[str, list[Any]]:
@@ -143,6 +156,23 @@ def test_what_32_bits_cannot_hold_is_refused_or_answered_as_by_the_pipeline(
             assert np.abs(predictor.predict_rows(part) - expected[:len(part)]).max() < TOLERANCE
 
 
+def test_a_number_too_large_is_said_with_its_row_by_every_engine(case: Case, predictor: Predictor, adult: Any) -> None:
+    pipeline, compiled, _, schema = case
+    if not compiled.form.finite:
+        return  # takes it for infinite
+    name = compiled.form.numbers[1]
+    table = conform(adult[4], schema).head(400)
+    large = pl.when(pl.int_range(pl.len()).is_in([7, 301])).then(1e39).otherwise(name).alias(name)
+    columns = table.with_columns(large).select(schema.names()).to_dict(as_series=False)
+    some = {k: v[:9] for k, v in columns.items()}  # few rows are not sorted
+    for ask in (lambda: predictor.predict(columns), lambda: predictor.predict(some),
+                lambda: predictor.predict_table(table.with_columns(large), 3),
+                lambda: PipelineEngine(pipeline, schema).predict(columns)):
+        with pytest.raises(OutOfRange, match=f"^{name}: 1e\\+39 is larger") as caught:
+            ask()
+        assert (caught.value.column, caught.value.row) == (name, 7)
+
+
 def test_texts_that_are_numbers(case: Case, predictor: Predictor) -> None:
     pipeline, compiled, X_test, _ = case
     rows = [{**row, compiled.form.numbers[0]: "39"} for row in X_test.head(2).to_dict("records")]
@@ -216,6 +246,41 @@ def made_table(kind: str, n: int = 1500) -> tuple[pl.DataFrame, Schema]:
     table = pl.DataFrame(data, strict=False).with_columns(pl.selectors.float().fill_nan(None))
     schema = learn_schema(table, Columns(target="answer", positive="yes", missing=("n/a",)))
     return conform(table, schema), schema
+
+
+def test_a_row_means_the_same_at_every_door(tmp_path: Path) -> None:
+    "Truth values, whole numbers that are levels and empty texts: one file, trained on and predicted."
+    rng = np.random.default_rng(1)
+    n = 600
+    flag, code = rng.random(n) < 0.5, rng.choice(["1", "2", "3", "x"], n)
+    gap = rng.choice(["", "left", "right"], n)
+    yes = flag ^ np.isin(code, ["1", "x"]) ^ (gap == "") ^ (rng.random(n) < 0.1)
+    written = pl.DataFrame({"flag": [str(f) for f in flag], "code": code, "gap": gap,
+                            "y": np.where(yes, "yes", "no")})
+    written.write_csv(tmp_path / "t.csv")
+    columns = Columns(target="y", positive="yes")
+    schema = learn_schema(read_table(tmp_path / "t.csv"), columns)
+    table = conform(read_table(tmp_path / "t.csv"), schema)
+    pipeline = fitted(RandomForestClassifier(15, random_state=0), to_frame(table, schema), to_labels(table, schema),
+                      schema, -1.0)
+    expected = pipeline.predict_proba(to_frame(table, schema))[:, 1]
+    assert np.ptp(expected) > 0.5 and pipeline[0].levels_["flag"] == ["false", "true"]
+    compile_pipeline(pipeline, schema).save(tmp_path)
+    predictor = Predictor.load(tmp_path)
+    as_they_are = written.with_columns(pl.Series("flag", flag))
+    as_they_are.write_parquet(tmp_path / "t.parquet")
+    numbered = as_they_are.filter(pl.col("code") != "x").with_columns(pl.col("code").cast(pl.Float64))
+    numbered.write_parquet(tmp_path / "numbered.parquet")  # as pandas writes whole numbers with gaps
+    for file, wanted in (("t.csv", expected), ("t.parquet", expected), ("numbered.parquet", expected[code != "x"])):
+        parts = list(predictions(tmp_path / file, table_model(predictor, schema), schema))
+        assert np.abs(pl.concat(parts)["probability"].to_numpy() - wanted).max() < TOLERANCE, file
+    request = RequestModel(schema)
+    for frame in (written, as_they_are):
+        body = json.dumps({"data": frame.drop("y").to_dicts()}).encode()
+        values, _ = request.decode(body)
+        assert request.unknown(values) == {}
+        assert np.abs(predictor.predict(values) - expected).max() < TOLERANCE
+    assert learn_schema(read_table(tmp_path / "t.parquet"), columns) == schema
 
 
 CLASSIFIERS = {
@@ -294,6 +359,42 @@ def test_a_broken_encoder_fails_the_gate(case: Case, tmp_path: Path, monkeypatch
     assert [f.name for f in (tmp_path / "predictor").iterdir()] == ["reason.json"]
 
 
+def test_the_gate_decides_with_the_threshold_of_the_service(case: Case) -> None:
+    "A probability at the threshold is the positive class; one that is a trifle less is not."
+    pipeline, compiled, X_test, _ = case
+    expected = pipeline.predict_proba(X_test)[:, 1].astype(np.float64)
+    predictor = compiled_predictor(compiled)
+    less = np.flatnonzero(predictor.predict(columns_of(X_test)) < expected)
+    assert gate(*case, rows=200, threshold=0.3).passed
+    if isinstance(pipeline[-1], XGBClassifier):
+        report = gate(*case, rows=200, threshold=float(expected[less[0]]))
+        assert not report.classes_equal and report.reason and "decisions in" in report.reason
+
+
+def test_whatever_goes_wrong_in_compiling_is_the_reason(case: Case, tmp_path: Path, caplog: Any,
+                                                         monkeypatch: pytest.MonkeyPatch) -> None:
+    pipeline, _, X_test, schema = case
+
+    class Own(type(pipeline[-1])):  # type: ignore[misc]
+        def predict_proba(self, X: Any) -> Any:
+            raise KeyError("own column")
+    own = Pipeline([*pipeline.steps[:-1], ("classifier", copy(pipeline[-1]))])
+    own[-1].__class__ = Own
+    for error in (None, PredictorError("no model"), ValueError("two\nlines")):
+        def fails(*_: Any, error: Any = error) -> Any:
+            raise error
+        if error:
+            monkeypatch.setattr("income_mlops.gate.compile_pipeline", fails)
+        else:
+            monkeypatch.setattr("income_mlops.gate.compile_pipeline", lambda *_: case[1])
+        caplog.clear()
+        stored = store_compiled(own, schema, X_test.head(50), tmp_path)
+        said = {None: "KeyError: 'own column'"}.get(error) or f"{type(error).__name__}: {str(error).splitlines()[0]}"
+        assert stored.reason == f"compiling failed: {said}"
+        assert json.loads((tmp_path / "reason.json").read_text()) == {"reason": stored.reason}
+        assert "Traceback" in caplog.text
+
+
 def test_what_no_real_row_shows_fails_the_gate(case: Case) -> None:
     "Strangers, missing markers and infinite numbers: only the rows at the edges have them."
     pipeline, compiled, X_test, schema = case
@@ -368,6 +469,28 @@ def test_files_that_are_not_whole(case: Case, tmp_path: Path) -> None:
         with pytest.raises(PredictorError, match=word) as caught:
             Predictor.load(tmp_path)
         assert "\n" not in str(caught.value)
+
+
+def test_contributions_of_another_model_or_damaged_are_refused(case: Case, tmp_path: Path) -> None:
+    case[1].save(tmp_path)
+    whole = dict(np.load(store_contributions(case[0], tmp_path)))
+    about = json.loads(str(whole["about"]))
+    row = case[2].head(1).to_dict("records")[0]
+    first = Explainer.load(tmp_path).explain(row)
+    without = {k: v for k, v in about.items() if k not in ("model", "sha256")}
+    np.savez(tmp_path / FILE, **{**whole, "about": np.array(json.dumps({**without, "version": 1}))})
+    assert Explainer.load(tmp_path).explain(row) == first, "as it was written before there were hashes"
+    for changed, word in [({"version": 99}, "version 99"), ({"format": "x"}, "'x'"), ({"model": "0"}, "another model"),
+                          ({"sha256": "0"}, "damaged")]:
+        np.savez(tmp_path / FILE, **{**whole, "about": np.array(json.dumps({**about, **changed}))})
+        with pytest.raises(PredictorError, match=word):
+            Explainer.load(tmp_path)
+    np.savez(tmp_path / FILE, **{**whole, "value_0": whole["value_0"] * 2})
+    with pytest.raises(PredictorError, match="damaged"):
+        Explainer.load(tmp_path)
+    (tmp_path / FILE).write_bytes((tmp_path / FILE).read_bytes()[:-50])
+    with pytest.raises(PredictorError, match="damaged"):
+        Explainer.load(tmp_path)
 
 
 def test_a_model_file_elsewhere_is_not_read(case: Case, tmp_path: Path) -> None:

@@ -1,3 +1,4 @@
+import difflib
 import json
 import math
 import os
@@ -156,7 +157,9 @@ BAD = [
     ({"fnlwgt": "many"}, "data.fnlwgt"), ({"income": ">50K"}, "data.income: is what is predicted"),
     ({"marital_status": "Divorced"}, "did you mean 'marital-status'?"), ({"": 1}, "data.: no such field"),
     ({"age": math.nan}, "data.age"), ({"capital-gain": math.inf}, "data.capital-gain"),
-    ({"capital-loss": -math.inf}, "data.capital-loss"),
+    ({"capital-loss": -math.inf}, "data.capital-loss"), ({"age": "\ud800"}, "data.age: expected a number"),
+    ({"native-country": "Pe\udc80ru"}, "data.native-country: expected a text or null, got the text"),
+    ({"\ud800": 1}, "data.\\ud800: no such field"), ({"x" * 9000: 1}, "data." + "x" * 57 + "…: no such field"),
 ]
 
 
@@ -167,6 +170,22 @@ def test_a_wrong_field_is_named(shared, rows, changes, words):
     many = [rows.requests[0], {**rows.requests[1], **changes}]
     reply = shared.client.post("/predict", content=json.dumps({"data": many}))
     assert reply.status_code == 422 and words.replace("data.", "data[1].") in reply.json()["detail"]
+
+
+def test_a_body_full_of_misspelt_fields_is_not_read_to_its_end(shared, rows, monkeypatch):
+    "Each comparison with all columns takes its time, and nobody else is answered meanwhile."
+    compared = []
+    real = difflib.get_close_matches
+    monkeypatch.setattr(difflib, "get_close_matches", lambda word, *a: compared.append(word) or real(word, *a))
+    many = {f"marital_status_{i}": i for i in range(5000)}
+    for data in ({**rows.requests[0], **many}, [{**rows.requests[0], **many}]):
+        detail = shared.client.post("/predict", json={"data": data}).json()["detail"]
+        assert detail.count("no such field") == 10 and detail.endswith("; and more")
+    assert len(compared) <= 22
+    detail = shared.client.post("/predict", json={"data": rows.requests[0], **many}).json()["detail"]
+    assert detail.count("no such field") == 10 and len(detail) < 2000
+    long = shared.client.post("/predict", json={"data": {**rows.requests[0], "x" * 400_000: 1}}).json()["detail"]
+    assert len(long) < 200 and len(max(compared, key=len)) <= 100
 
 
 def test_every_missing_field_is_named(shared, rows):
@@ -296,6 +315,43 @@ def test_openapi_shows_the_real_fields_and_a_row_that_works(shared, rows):
         Draft202012Validator(post["responses"]["200"]["content"]["application/json"]["schema"]).validate(reply.json())
     assert {"/health", "/ready", "/model_info", "/models", "/schema", "/metrics", "/set_model"} < {*document["paths"]}
     assert "APIKeyHeader" in document["components"]["securitySchemes"]
+
+
+def test_every_problem_has_the_form_that_openapi_says(shared, rows, tmp_path):
+    from jsonschema import Draft202012Validator
+    document = shared.client.get("/openapi.json").json()
+    assert "HTTPValidationError" not in json.dumps(document)
+    seen = set()
+
+    def check(method, path, status, client=shared.client, route=None, **request):
+        reply = client.request(method, path, **request)
+        assert reply.status_code == status, reply.text
+        told = document["paths"][route or path][method]["responses"][str(status)]
+        schema = {**told["content"]["application/json"]["schema"], "components": document["components"]}
+        Draft202012Validator(schema).validate(reply.json())
+        assert schema["$ref"].endswith("/Problem") and set(reply.json()) == {"detail"}
+        seen.add(status)
+    newest = {"alias": "newest", "model": "XGBoost"}
+    for path in ("/predict", "/explain"):
+        check("post", path, 400, content=b"{")
+        check("post", path, 422, json={"data": {}})
+        check("post", path, 413, json={"data": rows.requests[:51]})
+        check("post", path, 403, json={}, headers={"Host": "evil.example"})
+    check("post", "/explain", 409, json={"data": rows.requests[0]})
+    check("post", "/set_model", 401, json=newest)
+    check("post", "/set_model", 404, json={"alias": "nobody"}, headers=shared.key)
+    check("post", "/set_model", 409, json=newest, headers=shared.key)
+    check("post", "/set_model", 422, json={}, headers=shared.key)
+    evaluation = "/models/{family}/{version}/evaluation"
+    check("get", "/models/XGBoost/9/evaluation", 404, route=evaluation)
+    check("get", "/models/XGBoost/nine/evaluation", 422, route=evaluation)
+    with start(make_settings(tmp_path / "empty")) as empty:
+        for method, path in (("post", "/predict"), ("post", "/explain"), ("get", "/ready"), ("get", "/schema")):
+            check(method, path, 503, empty, json={"data": {}} if method == "post" else None)
+    assert seen == {400, 401, 403, 404, 409, 413, 422, 503}
+    body = document["paths"]["/explain"]["post"]["requestBody"]["content"]["application/json"]["schema"]
+    assert Draft202012Validator(body).is_valid({"data": rows.requests[0]})
+    assert not Draft202012Validator(body).is_valid({"data": {}})
 
 
 def test_the_documentation_page_needs_no_network(shared):
@@ -439,8 +495,9 @@ def test_newest_by_hand_is_pinned(app):
     from mlflow import MlflowClient
     c = MlflowClient(app.settings.tracking_uri)
     c.set_registered_model_alias("adult-income.XGBoost", "newest", "2")
-    reply = app.client.post("/set_model", json={"alias": "newest"}, headers=app.key).json()
-    assert (reply["model_version"], reply["follows"]) == (2, False)
+    for alias in ("newest", "Newest"):
+        reply = app.client.post("/set_model", json={"alias": alias}, headers=app.key).json()
+        assert (reply["model_version"], reply["follows"]) == (2, False)
     c.set_registered_model_alias("adult-income.XGBoost", "newest", "1")
     time.sleep(0.6)
     assert app.serving("XGBoost", 2)
