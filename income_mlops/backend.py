@@ -75,6 +75,8 @@ class Backend:
     ) -> Any:
         "The httpx response of a success."
         import httpx
+        if key and not (key.isascii() and key.isprintable()):  # no header can carry it
+            raise problem(401, "the X-API-Key header is wrong")
         seconds = timeout or self.timeout
         try:
             answer = self._http.request(method, path, headers={"X-API-Key": key} if key else {},
@@ -92,20 +94,30 @@ class Backend:
         raise problem(answer.status_code, detail)
 
     def get(self, path: str, timeout: float | None = None, **params: Any) -> Any:
-        try:
-            return self.send("GET", path, timeout=timeout, params=params).json()
-        except ValueError:
-            raise Problem(f"What answers at {self.url} is not the API of this project.") from None
+        return self._json(self.send("GET", path, timeout=timeout, params=params))
 
     def post(self, path: str, body: Any, key: str | None = None, timeout: float | None = None) -> Any:
-        return self.send("POST", path, key, timeout, json=body).json()
+        return self._json(self.send("POST", path, key, timeout, json=body))
+
+    def _json(self, answer: Any) -> Any:
+        try:
+            return answer.json()
+        except ValueError:
+            raise self.stranger() from None
+
+    def stranger(self) -> Problem:
+        "What to say of an answer that the API would not give."
+        return Problem(f"What answers at {self.url} is not the API of this project. See the setting backend_url.")
 
 # %% ../nbs/47a_backend.ipynb #a83f704c
 class Api(Backend):
     "The routes by name."
 
     def health(self) -> dict[str, Any]:
-        return dict(self.get("/health", timeout=2))
+        found = self.get("/health", timeout=2)
+        if not isinstance(found, dict) or not {"ready", "model", "mlflow"} <= found.keys():
+            raise self.stranger()  # many services have a /health
+        return found
 
     def schema(self) -> dict[str, Any]:
         return dict(self.get("/schema"))
@@ -119,12 +131,12 @@ class Api(Backend):
     def evaluation(self, family: str, version: int) -> dict[str, Any]:
         return dict(self.get(f"/models/{family}/{version}/evaluation", timeout=20)["evaluation"])
 
-    def predict(self, data: Any) -> dict[str, Any]:
+    def predict(self, data: Any, timeout: float = 5) -> dict[str, Any]:
         "For one row or a list of rows."
-        return dict(self.post("/predict", {"data": data}, timeout=60 if isinstance(data, list) else None))
+        return dict(self.post("/predict", {"data": data}, timeout=timeout))
 
     def explain(self, row: Mapping[str, Any]) -> dict[str, Any]:
-        return dict(self.post("/explain", {"data": dict(row)}))
+        return dict(self.post("/explain", {"data": dict(row)}, timeout=5))
 
     def set_model(self, alias: str, family: str | None, key: str) -> dict[str, Any]:
         return dict(self.post("/set_model", {"alias": alias, **({"model": family} if family else {})}, key, 60))

@@ -9,8 +9,9 @@ __all__ = ['MOST', 'PORTION', 'read_rows', 'write_rows', 'BatchCard']
 import base64
 import csv
 import io
+import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import ipywidgets as w
@@ -20,24 +21,34 @@ from .backend import Problem
 from .canvas import legible
 from .parts import Notice, Shared, card, html, row
 
-# %% ../nbs/47f_batch_card.ipynb #f41e1bb5
+# %% ../nbs/47f_batch_card.ipynb #98927262
 MOST = 50_000  # rows
 PORTION = 5_000
 
 
+def _split(content: bytes) -> tuple[list[str], dict[int, list[str]]]:
+    "Head of a CSV file, and its rows by the line of the file they begin in."
+    try:
+        reader, lines, line = csv.reader(io.StringIO(content.decode("utf-8-sig"), newline=""), strict=True), {}, 1
+        for fields in reader:
+            if fields:  # an empty line is no row, and a quoted text may have several lines
+                lines[line] = fields
+            line = reader.line_num + 1
+        return [h.strip() for h in lines.pop(next(iter(lines)))], lines
+    except UnicodeDecodeError as e:
+        raise Problem(f"The file is not UTF-8 text (byte {e.start}).", 422) from None
+    except csv.Error as e:
+        raise Problem(f"The file is not CSV: line {line}: {e}.", 422) from None
+    except StopIteration:
+        raise Problem("The file is empty.", 422) from None
+
+# %% ../nbs/47f_batch_card.ipynb #f41e1bb5
 def read_rows(
     content: bytes,
     schema: Mapping[str, Any],  # as `/schema` gives it
-) -> tuple[list[str], list[list[str]], list[dict[str, Any]]]:
-    "Head and lines of a CSV file, and what to send. `Problem` says what is wrong with it."
-    try:
-        text = content.decode("utf-8-sig")
-        head, *lines = [r for r in csv.reader(io.StringIO(text, newline=""), strict=True) if r]
-    except UnicodeDecodeError as e:
-        raise Problem(f"The file is not UTF-8 text (byte {e.start}).", 422) from None
-    except (csv.Error, ValueError) as e:
-        raise Problem("The file is empty." if not content.strip() else f"The file is not CSV: {e}.", 422) from None
-    head = [h.strip() for h in head]
+) -> tuple[list[str], dict[int, list[str]], list[dict[str, Any]]]:
+    "Head of a CSV file, its rows by the line they begin in, and what to send. `Problem` says what is wrong with it."
+    head, lines = _split(content)
     wanted = {c["name"]: c for c in schema["columns"] if not c["ignored"]}
     if absent := [n for n in wanted if n not in head]:
         raise Problem(f"The file has no column {', '.join(absent)}.", 422)
@@ -46,27 +57,25 @@ def read_rows(
     if len(lines) > MOST:
         raise Problem(f"The file has {len(lines):,} rows; at most {MOST:,} fit here. "
                       "The command `income-mlops predict` takes any number.", 413)
-    for i, line in enumerate(lines, 2):
+    for i, line in lines.items():
         if len(line) != len(head):
             raise Problem(f"Line {i} has {len(line)} fields, the header has {len(head)}.", 422)
     at = {name: head.index(name) for name in wanted}
     missing = {"", *schema["missing"]}
     return head, lines, [{name: _value(line[at[name]].strip(), c, missing) for name, c in wanted.items()}
-                         for line in lines]
+                         for line in lines.values()]
 
 
 def _value(text: str, column: Mapping[str, Any], missing: set[str]) -> Any:
     if text in missing:
         return None
-    if column["kind"] == "number":
-        try:
-            return float(text)
-        except ValueError:
-            return text
+    if column["kind"] == "number" and re.fullmatch(r"[-+]?(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?", text, re.ASCII):
+        number = float(text)
+        return number if math.isfinite(number) else text
     return text
 
 # %% ../nbs/47f_batch_card.ipynb #8114d8d3
-def write_rows(head: Sequence[str], lines: Sequence[Sequence[str]], found: Mapping[str, Sequence[Any]]) -> bytes:
+def write_rows(head: Sequence[str], lines: Iterable[Sequence[str]], found: Mapping[str, Sequence[Any]]) -> bytes:
     "The file with its predictions."
     out = io.StringIO(newline="")
     writer = csv.writer(out)
@@ -102,10 +111,10 @@ class BatchCard:
         head, lines, rows = read_rows(content, self.shared.api.schema())
         found: dict[str, list[Any]] = {"prediction": [], "probability": []}
         for start in range(0, len(rows), PORTION):
-            part = self._ask(rows[start:start + PORTION], start)
+            part = self._ask(rows[start:start + PORTION], list(lines)[start:start + PORTION])
             for k in found:
                 found[k] += part[k]
-        data = base64.b64encode(write_rows(head, lines, found)).decode()
+        data = base64.b64encode(write_rows(head, lines.values(), found)).decode()
         stem = re.sub(r"\.csv$", "", name, flags=re.I)
         counts = {label: found["prediction"].count(label) for label in sorted(set(found["prediction"]))}
         said = ", ".join(f"{n:,} {label}" for label, n in counts.items())
@@ -114,9 +123,9 @@ class BatchCard:
             "Download with predictions</a></p>").format(
                 f"{len(rows):,}", legible(name, 60), said, f"{legible(stem, 60)}.predicted.csv", data))
 
-    def _ask(self, rows: list[dict[str, Any]], start: int) -> dict[str, Any]:
+    def _ask(self, rows: list[dict[str, Any]], lines: list[int]) -> dict[str, Any]:
         try:
-            return self.shared.api.predict(rows)
+            return self.shared.api.predict(rows, timeout=60)
         except Problem as e:  # the API counts rows of a request from zero; a person counts lines of a file
-            text = re.sub(r"data\[(\d+)\]\.", lambda m: f"line {start + int(m[1]) + 2}, ", str(e), flags=re.I)
+            text = re.sub(r"data\[(\d+)\]\.", lambda m: f"line {lines[int(m[1])]}, ", str(e), flags=re.I)
             raise Problem(text[:1].upper() + text[1:], e.status) from None

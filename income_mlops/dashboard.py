@@ -48,7 +48,8 @@ class Dashboard:
         self.shared = Shared(Api(settings.backend_url))
         self.shared.mlflow = mlflow_address(settings)
         self.parts = [tab(self.shared) for tab in self.tabs]
-        self.status, self._ended = html(), 0.0
+        self.status, self._ended = html("", "live"), 0.0
+        self._away = ""
         self._drawn: Any = None
         self.pulse_button = w.Button(description="Refresh", tooltip="Ask the service again")
         self.pulse_button.add_class("pulse")
@@ -70,18 +71,20 @@ class Dashboard:
     def _look(self) -> None:
         shared, away = self.shared, self.shared.health is None
         try:
-            shared.health = health = shared.api.health()
+            health = shared.api.health()
             key = [health.get(k) for k in ("model", "version", "alias", "since")]
             if key != self._drawn or away:
-                self._drawn = key
                 shared.model = shared.api.model() if health["ready"] else {}
+                self._drawn = key
                 self._forget()
+            shared.health = health
             self._say(*self._words(health))
-        except Problem as e:
+        except Exception as e:  # never a silent nothing
             if not away:
                 self._forget()
             shared.health, shared.model, self._drawn = None, {}, None
-            self._say(str(e), "error")
+            self._away = str(e) if isinstance(e, Problem) else f"The dashboard has an error of its own ({e!r})."
+            self._say(self._away, "error")
 
     def _forget(self) -> None:
         "Every tab is drawn anew when it is next in sight."
@@ -99,7 +102,7 @@ class Dashboard:
         return said, "good"
 
     def _say(self, text: str | Markup, tone: str) -> None:
-        made = str(Markup('<div class="status tone-{}" role="status"><span class="dot"></span><span>{}</span></div>'
+        made = str(Markup('<div class="status tone-{}"><span class="dot"></span><span>{}</span></div>'
                           ).format(tone, text))
         if self.status.value != made:
             self.status.value = made
@@ -108,8 +111,8 @@ class Dashboard:
         part = self.parts[self.book.selected_index or 0]
         if self.shared.health is not None:
             part.pulse()
-        elif part._seen is None:
-            part.show()
+        elif self._away:
+            part.away(self._away)
 
 # %% ../nbs/47l_dashboard.ipynb #05db065c
 def show(
@@ -173,7 +176,7 @@ def serve(
     except OSError as e:
         raise DashboardError(f"port {number} on {settings.dashboard.host} cannot be had (dashboard.port): "
                              f"{e.strerror or e}") from e
-    write_template(data, title_of(settings))
+    write_template(data, title_of(settings), settings.serving.max_upload_mb)
     os.environ["JUPYTER_PATH"] = os.pathsep.join(filter(None, (str(data), os.environ.get("JUPYTER_PATH"))))
     os.environ.setdefault("INCOME_MLOPS_SETTINGS", str(settings.root / "settings.ini"))
     print(f"dashboard: http://{settings.dashboard.host}:{number}{settings.dashboard.base_url}", flush=True)

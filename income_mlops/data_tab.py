@@ -15,8 +15,9 @@ from markupsafe import Markup
 from .backend import Problem, sentence
 from .canvas import legible
 from income_mlops.parts import (
-    Notice, Shared, Tab, badge, box, card, facts, html, on_click, page, row, table, when,
+    Notice, Shared, Tab, badge, box, card, facts, html, on_click, row, table, when,
 )
+from .sheet import Sheet
 
 # %% ../nbs/47j_data_tab.ipynb #a3fb5de7
 ORDER = {"error": 0, "warning": 1, "info": 2}
@@ -49,66 +50,35 @@ def moved(found: list[dict[str, Any]]) -> str:
     return ", ".join(legible(n, 40) for n in list(names)[:12]) or "none"
 
 # %% ../nbs/47j_data_tab.ipynb #2e44dc0d
-class DataTab(Tab):
-    "The latest analysis, and the upload."
+class _Widgets(Tab):
+    "What the tab shows, still empty."
     title = "Data"
 
     def __init__(self, shared: Shared):
         super().__init__(shared)
-        self.result, self.report, self.sent = html(), html(), Notice()
+        self.result, self.sent = html(), Notice()
         self.links: dict[str, str] = {}
-        self.open = w.Button(description="Show the full report")
-        self.open.layout.display = "none"
-        on_click(self.open, self.notice, self._toggle)
+        self.report = Sheet("the full report", "Report of the analysis", self.notice,
+                            lambda: self.api.report(self.links["report"]))
         self.file = w.FileUpload(accept=".csv,.parquet", multiple=False, tooltip="Choose a file")
         self.name = html(Markup('<span class="soft">no file chosen</span>'))
-        self.file.observe(self._chosen, "value")
         self.retrain = w.Checkbox(value=True, description="Retrain with it, unless the analysis advises against",
                                   indent=False)
         self.send = w.Button(description="Upload", button_style="primary", disabled=True)
-        on_click(self.send, self.sent, self._send)
         upload = card("Bring new data", row(self.file, self.name), self.retrain, row(shared.key, self.send), self.sent,
                       lead="A CSV or Parquet file with the columns of the training data, the target among them. It is "
                            "checked and stored before anything is trained; predictions go on meanwhile.")
-        self.view = box(self.notice, upload, card("Latest analysis", self.result, row(self.open), self.report),
-                        of="stackbox")
+        self.view = box(self.notice, upload, card("Latest analysis", self.result,
+                        row(self.report.open, self.report.renew), self.report.frame), of="stackbox")
 
-    def state(self) -> Any:
-        return datetime.now(UTC).timestamp() // 15  # a new analysis may be there
+# %% ../nbs/47j_data_tab.ipynb #8224ccec
+class _Upload(_Widgets):
+    "Sends a file."
 
-    def load(self) -> None:
-        try:
-            found = self.api.analysis()
-        except Problem as e:
-            if e.status != 404:
-                raise
-            self.result.value = str(Markup('<p class="soft">{}</p>').format(str(e)))
-            return
-        self.notice.clear()
-        self.links = found.get("links", {})
-        self.open.layout.display = "" if "report" in self.links else "none"
-        colour, rows = tone(found["verdict"], found["findings"]), found.get("rows", {})
-        started = datetime.fromtimestamp(found["started"] / 1000, UTC).isoformat()
-        told = facts([("new rows", f"{rows.get('new', 0):,}"), ("compared with", f"{rows.get('reference', 0):,} rows"),
-                      ("when", when(started)), ("job", found.get("job") or "–"),
-                      ("columns that moved", moved(found["findings"])),
-                      ("MLflow run", self.shared.run_link(found["run_id"]))])
-        verdict = Markup('<p class="verdict tone-{0}" style="font-size:1.7rem">{1}</p>').format(
-            colour, legible(found["verdict"]).capitalize())
-        self._set(self.result, verdict + told + findings(found["findings"]))
-
-    @staticmethod
-    def _set(part: w.HTML, content: Markup) -> None:
-        if part.value != str(content):  # an unchanged page keeps the reader's place
-            part.value = str(content)
-
-    def _toggle(self) -> None:
-        "Show or hide the report."
-        if self.report.value:
-            self.report.value, self.open.description = "", "Show the full report"
-            return
-        self.report.value = str(page(self.api.report(self.links["report"]), "Report of the analysis"))
-        self.open.description = "Hide the report"
+    def __init__(self, shared: Shared):
+        super().__init__(shared)
+        self.file.observe(self._chosen, "value")
+        on_click(self.send, self.sent, self._send, lambda: bool(self.file.value))
 
     def _chosen(self, _: Any) -> None:
         self.sent.clear()
@@ -130,3 +100,36 @@ class DataTab(Tab):
             text += " " + sentence(str(remark))
         self.file.value = ()
         self.sent.say(text, "good")
+
+# %% ../nbs/47j_data_tab.ipynb #cedf4e65
+class DataTab(_Upload):
+    "The latest analysis, and the upload."
+
+    def state(self) -> Any:
+        return datetime.now(UTC).timestamp() // 15  # a new analysis may be there
+
+    def load(self) -> None:
+        try:
+            found = self.api.analysis()
+        except Problem as e:
+            if e.status != 404:
+                raise
+            self.result.value = str(Markup('<p class="soft">{}</p>').format(str(e)))
+            return
+        self.notice.clear()
+        self.links = found.get("links", {})
+        self.report.offer("report" in self.links, found["run_id"])
+        colour, rows = tone(found["verdict"], found["findings"]), found.get("rows", {})
+        started = datetime.fromtimestamp(found["started"] / 1000, UTC).isoformat()
+        told = facts([("new rows", f"{rows.get('new', 0):,}"), ("compared with", f"{rows.get('reference', 0):,} rows"),
+                      ("when", when(started)), ("job", found.get("job") or "–"),
+                      ("columns that moved", moved(found["findings"])),
+                      ("MLflow run", self.shared.run_link(found["run_id"]))])
+        verdict = Markup('<p class="verdict tone-{0}" style="font-size:1.7rem">{1}</p>').format(
+            colour, legible(found["verdict"]).capitalize())
+        self._set(self.result, verdict + told + findings(found["findings"]))
+
+    @staticmethod
+    def _set(part: w.HTML, content: Markup) -> None:
+        if part.value != str(content):  # an unchanged page keeps the reader's place
+            part.value = str(content)

@@ -107,19 +107,20 @@ def by_group(
         return fm.MetricFrame(metrics=functions, y_true=y[keep], y_pred=decided[keep].astype(int),
                               sensitive_features={column.name: group[keep]})
     whole = frame(np.ones(len(y), dtype=bool))
-    shown, large = [], []
+    shown: list[dict[str, Any]] = []
     for name in order:
         mine = group == name
         counts, found = _rates(y[mine], decided[mine]), whole.by_group.loc[name]
         shown.append({"group": name, "rows": int(mine.sum()), "positives": int(y[mine].sum()),
                       **{r: _with_interval(found[r], *counts[r]) for r in RATES}})
-        large += [name] if mine.sum() >= SMALL else []
     gaps = {}
-    if len(large) > 1:
-        part = frame(np.isin(group, large))
-        difference, ratio = part.difference(), part.ratio()
-        gaps = {r: {"difference": float(difference[r]), "ratio": None if math.isnan(ratio[r]) else float(ratio[r])}
-                for r in RATES}
+    for r in RATES:
+        # of nobody there is no rate: fairlearn would say 0, and the gap would be the others' whole rate
+        alike = [g["group"] for g in shown if g["rows"] >= SMALL and g[r]["value"] is not None]
+        if len(alike) > 1:
+            part = frame(np.isin(group, alike))
+            difference, ratio = float(part.difference()[r]), float(part.ratio()[r])
+            gaps[r] = {"difference": difference, "ratio": None if math.isnan(ratio) else ratio}
     return {"column": column.name, "groups": shown, "gaps": gaps}
 
 # %% ../nbs/29a_fairness.ipynb #eba19351

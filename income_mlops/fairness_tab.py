@@ -31,7 +31,8 @@ def gap(column: dict[str, Any]) -> str:
     "The largest difference in a sentence."
     if not column["gaps"]:
         return "Too few rows to compare groups."
-    parts = [f"{name.lower()} {100 * column['gaps'][k]['difference']:.1f}" for k, name, _ in RATES]
+    parts = [f"{name.lower()} {100 * column['gaps'][k]['difference']:.1f}" for k, name, _ in RATES
+             if k in column["gaps"]]
     return "Largest difference between groups, in percentage points: " + ", ".join(parts) + "."
 
 # %% ../nbs/47i_fairness_tab.ipynb #006c0746

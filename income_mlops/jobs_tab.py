@@ -13,7 +13,8 @@ from markupsafe import Markup
 
 from .backend import Problem
 from .canvas import legible
-from .parts import Notice, Shared, Tab, badge, box, card, html, lasted, on_click, page, row, when
+from .parts import Notice, Shared, Tab, badge, box, card, html, lasted, on_click, row, when
+from .sheet import Sheet
 
 # %% ../nbs/47k_jobs_tab.ipynb #5b782cee
 TONES = {"queued": "info", "running": "warning", "succeeded": "good", "failed": "error", "cancelled": "info"}
@@ -36,7 +37,7 @@ def progress(job: dict[str, Any]) -> Markup:
     text = job["error"] or job["result"].get("outcome") or ""
     return Markup('<p class="small">{}</p>').format(legible(text, 600)) if text else Markup("")
 
-
+# %% ../nbs/47k_jobs_tab.ipynb #f981ef30
 def outcome(job: dict[str, Any]) -> Markup:
     "What came of it: verdict and models."
     result, parts = job["result"] or {}, []
@@ -68,43 +69,27 @@ class _Row:
 
     def __init__(self, tab: "JobsTab", job: dict[str, Any]):
         self.tab, self.id = tab, job["id"]
-        self.text, self.notice, self.shown = html(), Notice(), html()
-        self.open = w.Button(description="Show the notebook", tooltip=f"Notebook of job {self.id}")
+        self.text, self.notice = html(), Notice()
+        self.sheet = Sheet("the notebook", f"Notebook of job {self.id}", self.notice,
+                           lambda: self.tab.api.notebook(self.id))
         self.cancel = w.Button(description="Cancel", tooltip=f"Cancel job {self.id}")
-        on_click(self.open, self.notice, self._toggle)
         on_click(self.cancel, self.notice, self._cancel)
-        self.view = box(self.text, row(self.open, self.cancel), self.notice, self.shown, of="card job")
-        self.drawn: dict[str, Any] = {}
+        self.view = box(self.text, row(self.sheet.open, self.sheet.renew, self.cancel), self.notice,
+                        self.sheet.frame, of="card job")
 
     def draw(self, job: dict[str, Any]) -> None:
         made = str(summary(job, self.tab.shared))
         if self.text.value != made:
             self.text.value = made
-        there = "notebook" in job.get("links", {})
-        moved = self.shown.value and (job["cell"], job["state"]) != (self.drawn.get("cell"), self.drawn.get("state"))
-        self.drawn = job
-        self.open.layout.display = "" if there or self.shown.value else "none"
+        self.sheet.offer("notebook" in job.get("links", {}), [job["cell"], job["step"], job["state"]])
         self.cancel.layout.display = "" if job["state"] in ("queued", "running") else "none"
-        if moved:
-            with self.notice.guard():
-                self._fetch()
-
-    def _toggle(self) -> None:
-        if self.shown.value:
-            self.shown.value, self.open.description = "", "Show the notebook"
-        else:
-            self._fetch()
-            self.open.description = "Hide the notebook"
-
-    def _fetch(self) -> None:
-        self.shown.value = str(page(self.tab.api.notebook(self.id), f"Notebook of job {self.id}"))
 
     def _cancel(self) -> None:
         self.tab.api.cancel(self.id, self.tab.shared.secret)
         self.notice.say("Cancelled.", "good")
         self.tab.load()
 
-
+# %% ../nbs/47k_jobs_tab.ipynb #cff0c4c9
 class JobsTab(Tab):
     "Jobs, latest first."
     title = "Retraining"

@@ -6,6 +6,7 @@
 __all__ = ['METRICS', 'counts_at', 'share', 'derived', 'ModelTab']
 
 # %% ../nbs/47h_model_tab.ipynb #02305ef0
+import time
 from typing import Any
 
 import ipywidgets as w
@@ -59,8 +60,9 @@ class _Widgets(Tab):
         self.switch = w.Button(description="Switch", button_style="primary")
         self.revert = w.Button(description="Revert", disabled=True)
         self.switch_notice = Notice()
-        self.before: list[tuple[str, int]] = []
-        self.bearers: dict[tuple[str, int], list[str]] = {}
+        self.versions_notice = Notice()
+        self.before: list[tuple[str, int, str]] = []
+        "Family, version and alias of what was served before each switch."
         confusion = card("Decisions", self.threshold, self.counts, lead="Move the threshold to see what it costs.")
         switching = card("Switch the model", row(self.choice, shared.key), row(self.switch, self.revert),
                          self.switch_notice, lead="Users get the new model at once. Versions with an alias can be "
@@ -69,7 +71,7 @@ class _Widgets(Tab):
                         box(card("ROC curve", self.roc), confusion, of="cols"),
                         box(card("Calibration", self.calibration), card("What it listens to", self.importances,
                             lead="How much the log loss rises when a column is shuffled."), of="cols"),
-                        switching, card("All versions", self.versions), of="stackbox")
+                        switching, card("All versions", self.versions_notice, self.versions), of="stackbox")
         self.body.layout.display = "none"
         self.view = box(self.notice, self.body, of="stackbox")
 
@@ -115,27 +117,8 @@ class _Pictures(_Widgets):
             "true positive rate", here=here))
 
 # %% ../nbs/47h_model_tab.ipynb #6023da11
-class ModelTab(_Pictures):
-    "The served model and all versions."
-
-    def __init__(self, shared: Shared):
-        super().__init__(shared)
-        self.threshold.observe(lambda _: self._confusion(), "value")
-        on_click(self.switch, self.switch_notice, self._switch)
-        self.revert.on_click(self._revert)
-
-    def state(self) -> Any:
-        return [super().state(), self.shared.model.get("aliases")]
-
-    def load(self) -> None:
-        model, schema = self.api.model(), self.api.schema()
-        self.classes, self.evaluation = tuple(schema["classes"]), model.get("evaluation") or {}
-        self._about(model)
-        self._quality()
-        self.body.layout.display = ""
-        self.threshold.value = model["threshold"]
-        self._draw()
-        self._list(self.api.models())
+class _Facts(_Pictures):
+    "Tells of the served version."
 
     def _about(self, m: dict[str, Any]) -> None:
         follows = "follows the alias" if m["follows"] else "stays until it is switched"
@@ -159,6 +142,10 @@ class ModelTab(_Pictures):
             "later uploads", [("metric", ""), ("original hold-out", "n"), ("current hold-out", "n")],
             [(name, number(e["original"], k), number(e["current"], k)) for k, name in METRICS]))
 
+# %% ../nbs/47h_model_tab.ipynb #7cf9016e
+class _Versions(_Facts):
+    "Lists the versions."
+
     def _list(self, found: list[dict[str, Any]]) -> None:
         "All versions, and those that can be chosen."
         lines = []
@@ -173,39 +160,93 @@ class ModelTab(_Pictures):
                 ("trained", ""), ("dataset", ""), ("MLflow run", "")]
         title = "Latest first; metrics on the original hold-out, the same rows for all"
         self.versions.value = str(table(title, head, lines))
-        self.choice.options = [(f"{v['family']} version {v['version']} ({a})", (a, v["family"], v["version"]))
-                               for v in found for a in v["aliases"]]
-        others = [i for i, (_, (_, *which)) in enumerate(self.choice.options)
-                  if which != [self.shared.model.get("family"), self.shared.model.get("model_version")]]
-        if self.choice.options:
-            self.choice.index = (others or [0])[0]
-        self.switch.disabled = not self.choice.options
-        self.bearers = {(v["family"], v["version"]): v["aliases"] for v in found}
+        self._offer([(f"{v['family']} version {v['version']} ({a})", (a, v["family"], v["version"]))
+                     for v in found for a in v["aliases"]])
+
+    def _offer(self, options: list[tuple[str, tuple[str, str, int]]], anew: bool = False) -> None:
+        "What can be chosen; `anew`: propose another than the served one."
+        if options == list(self.choice.options) and not anew:
+            return
+        first, chosen, m = not self.choice.options, self.choice.value, self.shared.model
+        self.choice.options = options
+        others = [i for i, (_, (_, *which)) in enumerate(options) if which != [m.get("family"), m.get("model_version")]]
+        if first or anew:
+            self.choice.index = next(iter([*others, *range(len(options))]), None)
+        else:
+            self.choice.value = chosen if chosen in [v for _, v in options] else None
+        self.switch.disabled = not options
+
+# %% ../nbs/47h_model_tab.ipynb #9bf89fcb
+class _Switching(_Versions):
+    "Serves another version, and what was served before."
 
     def _switch(self) -> None:
         "Serve the chosen version."
-        alias, family, _ = self.choice.value
-        self._serve(alias, family, remember=True)
+        if not self.choice.value:
+            raise Problem("Please choose a version first.", 409)
+        alias, family, version = self.choice.value
+        self._serve(alias, family, version, remember=True)
 
-    def _serve(self, alias: str, family: str, remember: bool) -> None:
-        old = self.shared.model
-        key = self.shared.secret
+    def _serve(self, alias: str, family: str, version: int, remember: bool) -> None:
+        key, old = self.shared.secret, self.shared.model
+        self._check(alias, family, version)
         m = self.shared.model = self.api.set_model(alias, family, key)
-        if remember and (old.get("family"), old.get("model_version")) != (m["family"], m["model_version"]):
-            self.before.append((old["family"], old["model_version"]))
+        if remember and old and (old["family"], old["model_version"]) != (m["family"], m["model_version"]):
+            self.before.append((old["family"], old["model_version"], old["alias"]))
         self._seen = None
         self.show()
+        self._offer(list(self.choice.options), anew=True)
         self.revert.disabled = not self.before
-        self.switch_notice.say(f"{m['family']} version {m['model_version']} is in service.", "good")
+        said = f"{m['family']} version {m['model_version']} is in service as {m['alias']}."
+        if m["model_version"] != version:
+            self.switch_notice.say(f"{said} The alias has moved to it at this very moment.", "warning")
+        else:
+            self.switch_notice.say(said, "good")
 
-    def _revert(self, _: Any) -> None:
+    def _check(self, alias: str, family: str, version: int) -> None:
+        found = self.api.models()
+        bearer = next((v["version"] for v in found if v["family"] == family and alias in v["aliases"]), None)
+        if bearer != version:
+            self._list(found)
+            now = f"has moved to version {bearer}" if bearer else "is gone"
+            raise Problem(f"Version {version} of {family} is not {alias} any more: the alias {now}. "
+                          "Please choose again.", 409)
+
+    def _revert(self) -> None:
         "Serve what was served before the last switch."
-        with self.switch_notice.guard():
-            family, version = self.before[-1]
-            aliases = self.bearers.get((family, version), ())
-            if not aliases:
-                raise Problem(f"{family} version {version} bears no alias any more. Give it one: income-mlops promote "
-                              f"{family} {version}.", 409)
-            self._serve(aliases[0], family, remember=False)
-            self.before.pop()
-            self.revert.disabled = not self.before
+        family, version, alias = self.before[-1]
+        mine = [v for v in self.api.models() if v["family"] == family and v["version"] == version]
+        aliases: list[str] = mine[0]["aliases"] if mine else []
+        if not aliases:
+            raise Problem(f"{family} version {version} bears no alias any more. Give it one: income-mlops promote "
+                          f"{family} {version}.", 409)
+        self._serve(alias if alias in aliases else aliases[0], family, version, remember=False)
+        self.before.pop()
+
+# %% ../nbs/47h_model_tab.ipynb #11a7f91b
+class ModelTab(_Switching):
+    "The served model and all versions."
+
+    def __init__(self, shared: Shared):
+        super().__init__(shared)
+        self._drawn: Any = None
+        self.threshold.observe(lambda _: self._confusion(), "value")
+        on_click(self.switch, self.switch_notice, self._switch, lambda: bool(self.choice.options))
+        on_click(self.revert, self.switch_notice, self._revert, lambda: bool(self.before))
+
+    def state(self) -> Any:
+        return [super().state(), self.shared.model.get("aliases"), time.time() // 15]
+
+    def load(self) -> None:
+        model, schema = self.api.model(), self.api.schema()
+        self.classes, self.evaluation = tuple(schema["classes"]), model.get("evaluation") or {}
+        self._about(model)
+        self._quality()
+        self.body.layout.display = ""
+        which = (model["model_name"], model["model_version"], model["threshold"])
+        if which != self._drawn:
+            self.threshold.value, self._drawn = model["threshold"], which
+        self._draw()
+        with self.versions_notice.guard():
+            self._list(self.api.models())
+            self.versions_notice.clear()

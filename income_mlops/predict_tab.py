@@ -6,6 +6,8 @@
 __all__ = ['PredictTab']
 
 # %% ../nbs/47g_predict_tab.ipynb #0b674034
+import time
+from collections.abc import Callable
 from typing import Any
 
 import ipywidgets as w
@@ -16,96 +18,67 @@ from .backend import Problem
 from .batch_card import BatchCard
 from .canvas import legible, percent, short
 from .form import UNKNOWN, Form
-from .parts import Shared, Tab, box, card, html, on_click, row
+from .parts import Notice, Shared, Tab, box, card, html, on_click, row
 
 # %% ../nbs/47g_predict_tab.ipynb #8a1d19e6
-class PredictTab(Tab):
-    "A form, and all that can be said about its row."
+class _Widgets(Tab):
+    "What the tab shows, still empty."
     title = "Predict"
 
     def __init__(self, shared: Shared):
         super().__init__(shared)
         self.form: Form | None = None
-        self._columns: Any = None
-        self._moving = False
-        self.answer, self.why, self.curve, self.fields = html(), html(), html(), box()
-        self.answer_notice, self.why_notice, self.curve_notice = (type(self.notice)() for _ in range(3))
+        self.positive = ""
+        self.answer, self.picture, self.why, self.curve, self.fields = html("", "live"), html(), html(), html(), box()
+        self.answer_notice, self.why_notice, self.curve_notice = Notice(), Notice(), Notice()
         self.somebody = w.Button(description="A random real row")
         self.reset = w.Button(description="Start again")
         self.column = w.Dropdown(description="Column to vary", options=[])
-        self.column.observe(self._on_column, "value")
-        on_click(self.somebody, self.notice, self._somebody)
-        on_click(self.reset, self.notice, self._reset)
         left = card("A row", self.fields, row(self.somebody, self.reset),
                     lead="Every change is predicted at once.")
-        right = box(card("Prediction", self.answer_notice, self.answer, of="first"),
-                    card("What drove it", self.why_notice, self.why), of="stackbox beside")
         what_if = card("What if", row(self.column), self.curve_notice, self.curve,
-                       lead="The prediction as one column varies and all others stay as they are.", of="last")
+                       lead="The prediction as one column varies and all others stay as they are.")
+        right = box(card("Prediction", self.answer_notice, self.answer, self.picture, of="first"),
+                    card("What drove it", self.why_notice, self.why), what_if, of="stackbox beside")
         self.batch = BatchCard(shared)
-        self.body = box(box(left, right, what_if, of="cols"), self.batch.view, of="stackbox")
+        self.batch.view.add_class("last")
+        self.body = box(box(left, right, self.batch.view, of="cols"))
         self.body.layout.display = "none"
         self.view = box(self.notice, self.body, of="stackbox")
 
-    def load(self) -> None:
-        schema = self.api.schema()
-        columns = [c for c in schema["columns"] if not c["ignored"]]
-        if columns != self._columns:
-            before = self.form.values() if self.form else {}
-            self.form, self._columns = Form(schema, self.update), columns
-            self.fields.children = [self.form.view]
-            self._moving = True
-            self.column.options = list(self.form.fields)
-            numbers = [n for n, f in self.form.fields.items() if f.column["kind"] == "number"]
-            self.column.value = (numbers or list(self.form.fields))[0]
-            self._moving = False
-            if before:
-                self.form._fill(before)
-        self.body.layout.display = ""
-        self.positive = schema["classes"][1]
-        self.update()
+# %% ../nbs/47g_predict_tab.ipynb #cc5b2753
+def _shown(value: Any) -> str:
+    return UNKNOWN if value is None else short(value) if isinstance(value, int | float) else str(value)
 
-    def _on_column(self, _: Any) -> None:
-        if not self._moving:
-            self.vary()
 
-    def _somebody(self) -> None:
-        if self.form:
-            self.form.somebody()
+class _Answer(_Widgets):
+    "Predicts the row in the form."
 
-    def _reset(self) -> None:
-        if self.form:
-            self.form.fill(self.form.ordinary())
+    @property
+    def threshold(self) -> float:
+        return float(self.shared.model.get("threshold", 0.5))
 
-    def update(self) -> None:
-        "Ask again about the row in the form."
-        if self.form is None:
-            return
-        values = self.form.values()
-        with self.answer_notice.guard():
-            found = self.api.predict(values)
-            self.answer_notice.clear()
-            self._draw(found)
-        with self.why_notice.guard():
-            self.explain(values)
-            self.why_notice.clear()
-        self.vary()
+    def predict(self, values: dict[str, Any]) -> None:
+        "Draw the probability."
+        found = self.api.predict(values)
+        p = found["probability"]
+        self.answer.value = str(Markup(
+            '<div class="answer"><b data-probability="{}">{}</b><span>probability of <strong>{}</strong><br>predicted: '
+            "<strong>{}</strong></span></div>").format(p, percent(p), self.positive, found["prediction"]))
+        self.picture.value = str(sketches.probability(p, self.threshold, self.positive))
 
-    def _draw(self, found: dict[str, Any]) -> None:
-        p, threshold = found["probability"], float(self.shared.model.get("threshold", 0.5))
-        words = Markup('<div class="answer" role="status"><b data-probability="{}">{}</b><span>probability of '
-                       "<strong>{}</strong><br>predicted: <strong>{}</strong></span></div>").format(
-            p, percent(p), self.positive, found["prediction"])
-        self.answer.value = str(words + sketches.probability(p, threshold, self.positive))
+    def blank(self, *parts: w.HTML) -> None:
+        "Nothing is known any more."
+        for part in parts or (self.answer, self.picture, self.why, self.curve):
+            part.value = ""
+
+# %% ../nbs/47g_predict_tab.ipynb #955d3a27
+class _Reasons(_Answer):
+    "Explains the prediction."
 
     def explain(self, values: dict[str, Any]) -> None:
-        "Draw what drove the prediction."
-        assert self.form is not None
-        try:
-            found = self.api.explain(values)
-        except Problem:
-            self.why.value = ""
-            raise
+        "Draw what drove it."
+        found = self.api.explain(values)
         parts = [(name, _shown(values[name]), v) for name, v in found["contributions"].items()]
         unused = [name for name, _, v in parts if v == 0]
         unit = "log-odds" if found["scale"] == "log-odds" else "probability"
@@ -116,24 +89,94 @@ class PredictTab(Tab):
             note += Markup(" Without influence here: {}.").format(legible(", ".join(unused), 300))
         self.why.value = str(sketches.contributions(parts, unit) + note + Markup("</p>"))
 
-    def vary(self) -> None:
+# %% ../nbs/47g_predict_tab.ipynb #f782c2db
+class _WhatIf(_Reasons):
+    "Varies one column."
+
+    def vary(self, values: dict[str, Any]) -> None:
         "Draw the curve of the chosen column."
-        if self.form is None or not self.column.value:
+        assert self.form is not None
+        name = self.column.value
+        field, grid = self.form.fields[name], self.form.fields[name].grid()
+        p = self.api.predict([{**values, name: v} for v in grid])["probability"]
+        if field.column["kind"] == "category":
+            picture = sketches.levels(name, [(_shown(v), q) for v, q in zip(grid, p, strict=True)],
+                                      _shown(values[name]), self.threshold)
+        else:
+            now = (values[name], p[grid.index(values[name])]) if values[name] is not None else None
+            picture = sketches.curve(name, grid, p, now, self.threshold)
+        self.curve.value = str(picture)
+
+# %% ../nbs/47g_predict_tab.ipynb #4632190e
+class _Asking(_WhatIf):
+    "Asks again after every change."
+    silent, unanswered = float("-inf"), 0
+    "When a question last remained without an answer, and how many did."
+
+    def update(self) -> None:
+        "Ask again about the row in the form."
+        self.ask(self.answer_notice, self.answer, self.predict)
+        self.ask(self.why_notice, self.why, self.explain)
+        self.ask(self.curve_notice, self.curve, self.vary)
+
+    def ask(self, notice: Notice, part: w.HTML, question: Callable[[dict[str, Any]], None]) -> None:
+        "Put a question about the row in the form, unless nobody answers."
+        if self.form is None:
             return
-        with self.curve_notice.guard():
-            name, values = self.column.value, self.form.values()
-            field, threshold = self.form.fields[name], float(self.shared.model.get("threshold", 0.5))
-            grid = field.grid()
-            p = self.api.predict([{**values, name: v} for v in grid])["probability"]
-            if field.column["kind"] == "category":
-                picture = sketches.levels(name, [(_shown(v), q) for v, q in zip(grid, p, strict=True)],
-                                          _shown(values[name]), threshold)
-            else:
-                now = (values[name], p[grid.index(values[name])]) if values[name] is not None else None
-                picture = sketches.curve(name, grid, p, now, threshold)
-            self.curve_notice.clear()
-            self.curve.value = str(picture)
+        if time.monotonic() - self.silent < 1:
+            self.blank()
+            return
+        with notice.guard():
+            try:
+                question(self.form.values())
+                notice.clear()
+            except Problem as e:
+                part.value = ""
+                if e.status:
+                    raise
+                self.blank()
+                self.why_notice.clear()
+                self.curve_notice.clear()
+                self.answer_notice.say(str(e), "error")
+                self.silent, self.unanswered = time.monotonic(), self.unanswered + 1
 
+# %% ../nbs/47g_predict_tab.ipynb #c6a2bab5
+class PredictTab(_Asking):
+    "A form, and all that can be said about its row."
 
-def _shown(value: Any) -> str:
-    return UNKNOWN if value is None else short(value) if isinstance(value, int | float) else str(value)
+    def __init__(self, shared: Shared):
+        super().__init__(shared)
+        self._columns: Any = None
+        self._moving = False
+        self.column.observe(self._on_column, "value")
+        on_click(self.somebody, self.notice, lambda: self.form.somebody() if self.form else None)
+        on_click(self.reset, self.notice, lambda: self.form.fill(self.form.ordinary()) if self.form else None)
+
+    def state(self) -> Any:
+        return [super().state(), self.unanswered]  # what was not answered is asked again at the next look
+
+    def load(self) -> None:
+        schema = self.api.schema()
+        columns = [c for c in schema["columns"] if not c["ignored"]]
+        if columns != self._columns:
+            self._renew(schema, columns)
+        self.body.layout.display = ""
+        self.positive, self.silent = schema["classes"][1], float("-inf")
+        self.update()
+
+    def _renew(self, schema: dict[str, Any], columns: list[dict[str, Any]]) -> None:
+        "A form for these columns, filled with what stood in the one before."
+        before = self.form.values() if self.form else {}
+        self.form, self._columns = Form(schema, self.update), columns
+        self.fields.children = [self.form.view]
+        self._moving = True
+        self.column.options = list(self.form.fields)
+        numbers = [n for n, f in self.form.fields.items() if f.column["kind"] == "number"]
+        self.column.value = (numbers or list(self.form.fields))[0]
+        self._moving = False
+        if before:
+            self.form._fill(before)
+
+    def _on_column(self, _: Any) -> None:
+        if not self._moving:
+            self.ask(self.curve_notice, self.curve, self.vary)

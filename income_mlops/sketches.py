@@ -210,7 +210,7 @@ def rates(
     width: float = 340,
 ) -> Markup:
     "A rate by group with its interval; the dashed line is everybody."
-    left, right, step = 118.0, width - 50, 26.0
+    left, right, step = 118.0, width - 60, 26.0
     known = [r["high"] for _, r, _ in rows if r["value"] is not None]
     high: float = min(1.0, max([*known, overall or 0, 0.05]) * 1.02)
     bottom = 8 + step * len(rows)
