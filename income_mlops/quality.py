@@ -39,7 +39,7 @@ def _emptiness(a: ColumnProfile, b: ColumnProfile, t: Drift) -> Iterator[Finding
                       message=f"'{name}' holds {b.infinite} infinite values.", advice="Read them as missing.",
                       code=f"table = table.with_columns(pl.when(pl.col({name!r}).is_finite()).then(pl.col({name!r})))")
 
-
+# %% ../nbs/10_quality.ipynb #5004cf01
 def _one_sided(a: ColumnProfile, b: ColumnProfile, t: Drift) -> Iterator[Finding]:
     if not (a.present and b.present and a.counts and b.counts):
         return
@@ -58,7 +58,7 @@ def _one_sided(a: ColumnProfile, b: ColumnProfile, t: Drift) -> Iterator[Finding
                       advice="A nearly constant column helps a model little." if same else "Check its source.")
 
 # %% ../nbs/10_quality.ipynb #f738bb3a
-def _ranges(a: ColumnProfile, b: ColumnProfile, t: Drift) -> Iterator[Finding]:
+def _outside(a: ColumnProfile, b: ColumnProfile, t: Drift) -> Iterator[Finding]:
     values, weights = b.points()
     low, high = float(a.minimum), float(a.maximum)  # type: ignore[arg-type]
     outside = float(weights[(values < low) | (values > high)].sum())
@@ -70,22 +70,26 @@ def _ranges(a: ColumnProfile, b: ColumnProfile, t: Drift) -> Iterator[Finding]:
                       advice="Check unit and source; a tree model answers as at the border.",
                       code=f"table = table.filter(pl.col({a.name!r}).is_between({full(low)}, {full(high)}))",
                       old=[a.minimum, a.maximum], new=[b.minimum, b.maximum])
+
+# %% ../nbs/10_quality.ipynb #6fb212cc
+def _outliers(a: ColumnProfile, b: ColumnProfile, t: Drift) -> Iterator[Finding]:
     q1, q3 = a.quantiles([0.25, 0.75])
+    if q3 <= q1:
+        return
     fences = q1 - 3 * (q3 - q1), q3 + 3 * (q3 - q1)
-    if q3 > q1:
-        hits = [float(w[(v < fences[0]) | (v > fences[1])].sum()) for v, w in (a.points(), (values, weights))]
-        shares = hits[0] / a.present, hits[1] / b.present
-        grown = shares[1] - shares[0] >= t.outlier_warning
-        if grown and chance(hits[1], b.present, hits[0], a.present) < t.significance:
-            yield Finding(check="outliers", column=a.name, severity="warning", old=round(shares[0], 6),
-                          new=round(shares[1], 6),
-                          message=f"{percent(shares[1])} of '{a.name}' lies far outside the old quartiles "
-                                  f"({percent(shares[0])} before).",
-                          advice="Look at these rows; clip the column if they are mistakes.",
-                          code=f"table = table.with_columns(pl.col({a.name!r}).clip({', '.join(map(full, fences))}))")
+    hits = [float(w[(v < fences[0]) | (v > fences[1])].sum()) for v, w in (a.points(), b.points())]
+    shares = hits[0] / a.present, hits[1] / b.present
+    grown = shares[1] - shares[0] >= t.outlier_warning
+    if grown and chance(hits[1], b.present, hits[0], a.present) < t.significance:
+        yield Finding(check="outliers", column=a.name, severity="warning", old=round(shares[0], 6),
+                      new=round(shares[1], 6),
+                      message=f"{percent(shares[1])} of '{a.name}' lies far outside the old quartiles "
+                              f"({percent(shares[0])} before).",
+                      advice="Look at these rows; clip the column if they are mistakes.",
+                      code=f"table = table.with_columns(pl.col({a.name!r}).clip({', '.join(map(full, fences))}))")
 
 # %% ../nbs/10_quality.ipynb #0b80d4ab
-def _categories(a: ColumnProfile, b: ColumnProfile, t: Drift, target: bool) -> Iterator[Finding]:
+def _levels(a: ColumnProfile, b: ColumnProfile, t: Drift, target: bool) -> Iterator[Finding]:
     counts = dict(zip(map(str, b.values), b.counts, strict=True))
     spelled = respelled(a, b)
     name, levels = a.name, set(map(str, a.values))
@@ -108,18 +112,25 @@ def _categories(a: ColumnProfile, b: ColumnProfile, t: Drift, target: bool) -> I
                       new={v: counts[v] for v in names[:50]},
                       message=f"{percent(share)} of '{name}' are {what}: {listed(names)}.", advice=advice,
                       code=code)
+
+# %% ../nbs/10_quality.ipynb #3baa5945
+def _blanks(a: ColumnProfile, b: ColumnProfile, t: Drift) -> Iterator[Finding]:
     grown = b.padded / b.present - a.padded / a.present
-    if grown >= t.padded_warning and not any(v != v.strip() for v in spelled):
-        yield Finding(check="encoding", column=name, severity="warning", old=a.padded, new=b.padded,
-                      message=f"{b.padded} values of '{name}' begin or end with a blank.", advice="Strip the blanks.",
-                      code=f"table = table.with_columns(pl.col({name!r}).str.strip_chars())")
+    if grown >= t.padded_warning and not any(v != v.strip() for v in respelled(a, b)):
+        yield Finding(check="encoding", column=a.name, severity="warning", old=a.padded, new=b.padded,
+                      message=f"{b.padded} values of '{a.name}' begin or end with a blank.", advice="Strip the blanks.",
+                      code=f"table = table.with_columns(pl.col({a.name!r}).str.strip_chars())")
+
+
+def _gone(a: ColumnProfile, b: ColumnProfile, t: Drift) -> Iterator[Finding]:
+    counts = set(map(str, b.values))
     gone = {str(v): n for v, n in zip(a.values, a.counts, strict=True) if v not in counts}
-    if gone and b.exact and not target:
+    if gone and b.exact:
         expected = b.present * sum(gone.values()) / a.present
         missed = bool(np.exp(-expected) < t.significance) and expected / b.present >= t.novel_warning
-        yield Finding(check="categories_removed", column=name, severity="warning" if missed else "info",
+        yield Finding(check="categories_removed", column=a.name, severity="warning" if missed else "info",
                       old=dict(list(gone.items())[:50]), new={},
-                      message=f"No longer seen in '{name}': {listed(list(gone))}"
+                      message=f"No longer seen in '{a.name}': {listed(list(gone))}"
                               + (f", though {expected:.0f} would be expected." if missed else "; they were rare."),
                       advice="Check whether they were left out on purpose." if missed else "Nothing to do.")
 
@@ -141,8 +152,8 @@ def quality(
         if a.kind == b.kind and a.present and b.present and a.name not in explained:
             found += [] if target else _one_sided(a, b, t)
             if a.kind == "category":
-                found += _categories(a, b, t, target)
+                found += [*_levels(a, b, t, target), *_blanks(a, b, t), *([] if target else _gone(a, b, t))]
             elif not target:
-                found += _ranges(a, b, t)
+                found += [*_outside(a, b, t), *_outliers(a, b, t)]
         out += [softened(f) for f in found] if a.name in old.ignored else found
     return out

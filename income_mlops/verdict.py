@@ -24,7 +24,7 @@ from .drift import SEVERITIES, Finding, drift
 from .profile import Profile, Profiler, hash_rows
 from .quality import quality
 from .relations import relations
-from .settings import Settings
+from .settings import Columns, Settings
 
 MAX_DOMAIN_COLUMNS = 100
 
@@ -40,7 +40,7 @@ def verdict_of(
     worst = {f.severity for f in findings}
     return VERDICTS[2] if "error" in worst else VERDICTS[1] if "warning" in worst else VERDICTS[0]
 
-
+# %% ../nbs/14_verdict.ipynb #be0b5c35
 class Analysis(BaseModel):
     "What was found in new data, held against a reference."
     model_config = ConfigDict(frozen=True)
@@ -137,6 +137,19 @@ def _domain_columns(found: dict[str, ColumnDrift], new: Profile) -> list[str]:
         names = sorted(names, key=lambda c: -found[c].effect)[:MAX_DOMAIN_COLUMNS]
     return names
 
+# %% ../nbs/14_verdict.ipynb #6a5e4257
+def _compared(
+    new: Table, others: list[Table | Profile], named: Columns,
+) -> tuple[list[str], list[str], str | None]:
+    "The columns that all tables have, in the order of the new one; the features among them; the target, if it is."
+    shared = column_names(new)
+    for table in others:
+        if not isinstance(table, Profile):
+            there = set(column_names(table))
+            shared = [c for c in shared if c in there]
+    features = [c for c in named.features or shared if c in shared and c != named.target and c not in named.ignored]
+    return shared, features, named.target if named.target in shared else None
+
 # %% ../nbs/14_verdict.ipynb #3bf018a3
 def analyze(
     new: Table,  # a CSV or Parquet file of any size, or a frame; may lack columns, even the target
@@ -147,13 +160,7 @@ def analyze(
 ) -> Analysis:
     "Hold new data against a reference. `DataError` if a table is unusable."
     start, named = time.perf_counter(), settings.dataset.columns
-    shared = column_names(new)
-    tables = [t for t in (reference, holdout) if t is not None and not isinstance(t, Profile)]
-    for table in tables:
-        there = set(column_names(table))
-        shared = [c for c in shared if c in there]
-    features = [c for c in named.features or shared if c in shared and c != named.target and c not in named.ignored]
-    target = named.target if named.target in shared else None
+    shared, features, target = _compared(new, [t for t in (reference, holdout) if t is not None], named)
     width = len(column_names(new))
     sample = max(50, min(settings.drift.domain_rows, 3_000_000 // max(width, 1)))
     held, watch = None, None

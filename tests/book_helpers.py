@@ -25,15 +25,20 @@ def free_ports(n):
 
 
 def steps(text):
-    "What a page tells to do: ('file', name, content), ('command', words, answer) and ('then', '', answer)."
-    for block in BLOCK.finditer(text):
+    """What a page tells to do: (file, name, content, 0), (command, words, answer, code), (then, '', answer, 0).
+
+    A command ends with 0 unless the text after its block says that the "exit code is" another."""
+    blocks = list(BLOCK.finditer(text))
+    for block, after in zip(blocks, [*blocks[1:], None], strict=True):
         if block["caption"]:
-            yield "file", block["caption"], block["text"]
+            yield "file", block["caption"], block["text"], 0
         elif block["kind"] == "console":
             lines = block["text"].splitlines()
             if not lines[0].startswith("$ "):
-                yield "then", "", "\n".join(lines)
+                yield "then", "", "\n".join(lines), 0
                 continue
+            prose = text[block.end():after.start() if after else None]
+            code = int(said[1]) if (said := re.search(r"exit code is (\d+)", prose)) else 0
             commands = []
             for line in lines:
                 if line.startswith("$ "):
@@ -42,8 +47,23 @@ def steps(text):
                     commands[-1][0] += "\n" + line[2:]
                 else:
                     commands[-1][1].append(line)
-            for words, answer in commands:
-                yield "command", words, "\n".join(answer)
+            for i, (words, answer) in enumerate(commands, 1):
+                yield "command", words, "\n".join(answer), code if i == len(commands) else 0
+
+
+def write(folder, name, text):
+    "What a captioned block does to a file: `FILE`, `append to FILE`, `change in FILE` (the lines of its keys)."
+    how, _, file = name.rpartition(" ")
+    path = folder / file
+    if how == "change in":
+        for line in text.splitlines():
+            key = re.escape(line.partition("=")[0].strip())
+            changed, n = re.subn(rf"(?m)^{key} *=.*$", line, path.read_text())
+            assert n == 1, f"{file}: {n} lines of {key}"
+            path.write_text(changed)
+        return
+    with path.open("a" if how == "append to" else "w") as out:
+        out.write(("\n" if how == "append to" else "") + text)
 
 
 class Walk:
@@ -94,11 +114,9 @@ class Walk:
 
     def follow(self, page, timeout=900):
         try:
-            for kind, name, text in steps(page.read_text()):
+            for kind, name, text, code in steps(page.read_text()):
                 if kind == "file":
-                    path = self.folder / name.removeprefix("append to ")
-                    with path.open("a" if name.startswith("append") else "w") as out:
-                        out.write(("\n" if name.startswith("append") else "") + text)
+                    write(self.folder, name, text)
                 elif kind == "then":
                     begun = self.log.stat().st_size
                     os.killpg(self.process.pid, signal.SIGINT)  # as a terminal does
@@ -112,6 +130,7 @@ class Walk:
                     done = subprocess.run(["bash", "-c", self.said(name)], cwd=self.folder, env=self.environment,
                                           stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=timeout)
                     self.compare(text, done.stdout, name)
+                    assert done.returncode == code, f"{name}: exit code {done.returncode}\n{done.stdout}"
         finally:
             self.end()
 

@@ -7,10 +7,11 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from pathlib import Path
 
 import pytest
-from book_helpers import BLOCK, ROOT, Walk, steps
+from book_helpers import BLOCK, ROOT, Walk, steps, write
 
 from income_mlops.docs import server
 
@@ -75,6 +76,54 @@ def test_outputs_are_kept_as_long_as_what_they_stand_on(extension, monkeypatch, 
     assert after[0] != before[0] and after[1] == before[1]
 
 
+def test_outputs_are_made_anew_when_a_setting_a_table_or_a_named_file_changes(extension, monkeypatch, tmp_path):
+    notebooks, _ = extension
+    for folder in ("data", "nbs"):
+        shutil.copytree(ROOT / folder, tmp_path / folder, ignore=shutil.ignore_patterns("*checkpoints"))
+    for name in ("settings.ini", "README.md"):
+        shutil.copy(ROOT / name, tmp_path)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(notebooks, "ROOT", tmp_path)
+
+    def digests():
+        notebooks._digest.cache_clear()
+        return [notebooks.depends_on([code(source)]) for source in (
+            "import income_mlops", "text = (settings.root / 'README.md').read_text()")]
+    before = digests()
+    monkeypatch.setenv("DYNACONF_PATHS__STATE", str(tmp_path / "var"))  # of the build itself
+    assert digests() == before
+    (tmp_path / "README.md").write_text("another")
+    plain, reads = digests()
+    assert plain == before[0] and reads != before[1]
+    (tmp_path / "data/more.csv").write_text("a,b")
+    assert digests()[0] not in (plain, before[0])
+    before = digests()
+    monkeypatch.setenv("DYNACONF_SERVING__THRESHOLD", "0.4")
+    assert all(a != b for a, b in zip(digests(), before, strict=True))
+    (tmp_path / "elsewhere.csv").write_text("a,b")
+    monkeypatch.setenv("DYNACONF_DATASET__ORIGIN_PATH", "elsewhere.csv")
+    before = digests()
+    (tmp_path / "elsewhere.csv").write_text("a,c")
+    assert all(a != b for a, b in zip(digests(), before, strict=True))
+
+
+def test_a_widget_becomes_a_picture_of_itself(extension):
+    "Its controls with their values as plain HTML: nothing in a page would draw it."
+    import ipywidgets as w
+    import widgets
+    from ipywidgets.embed import dependency_state
+    box = w.VBox([w.IntSlider(description="age", min=17, max=90, value=42), w.HTML("<b>said</b>"), w.HBox([
+        w.Dropdown(description="work<class", options=[("not known", None), ("Private", "p")], value="p"),
+        w.Checkbox(description="gone", indent=False, value=True), w.Button(description="Predict")])])
+    page = widgets.drawn(dependency_state([box]), box.model_id)
+    assert '<span>age</span><input type="range" min="17" max="90" step="any" value="42" disabled>' in page
+    assert "<output>42</output>" in page and "<b>said</b>" in page and "work&lt;class" in page
+    assert "<option selected>Private</option>" in page and "<option>not known</option>" in page
+    assert '<input type="checkbox" checked disabled><span>gone</span>' in page and ">Predict</button>" in page
+    with pytest.raises(KeyError, match="ColorPicker"):
+        widgets.drawn({"a": {"model_name": "ColorPickerModel", "state": {}}}, "a")
+
+
 def test_every_setting_is_in_the_reference(extension):
     from income_mlops.origins import effective
     from income_mlops.settings import load_settings
@@ -99,10 +148,8 @@ def test_readme_is_what_the_notebook_says():
 
 # ── tutorials, to the letter ──────────────────────────────────────────────────────────────────────────────────────────
 
-@pytest.fixture
-def clone(tmp_path):
+def cloned(folder):
     "The files of the project in a folder of their own, with the environment that is in use."
-    folder = tmp_path / "clone"
     names = subprocess.run(["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"], cwd=ROOT,
                            capture_output=True, text=True, check=True).stdout.split("\0")
     for name in filter(None, names):
@@ -117,12 +164,16 @@ def clone(tmp_path):
     return folder
 
 
-def start_build(*options):
-    "jupyter-book as a process of its own."
+@pytest.fixture
+def clone(tmp_path):
+    return cloned(tmp_path / "clone")
+
+
+def start_build(*words, cwd=ROOT):
+    "A build of the book as a process of its own."
     return subprocess.Popen(
-        ["nice", "jupyter-book", "build", ".", "--config", "book/_config.yml", *map(str, options), "--all", "--quiet"],
-        cwd=ROOT, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True,
-        env={**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"})
+        ["nice", *map(str, words)], cwd=cwd, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+        start_new_session=True, env={**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"})
 
 
 def finish(process):
@@ -133,10 +184,12 @@ def finish(process):
 
 
 @pytest.fixture(scope="module")
-def building():
-    "The book is built, some ten minutes, while tutorials are followed, which mostly wait."
-    process = start_build("--toc", "book/_toc.yml", "--path-output", "book", "--warningiserror", "--nitpick",
-                          "--keep-going")
+def building(tmp_path_factory):
+    "`make book` on a fresh clone, without any cache, while tutorials are followed, which mostly wait."
+    folder = cloned(tmp_path_factory.mktemp("book") / "clone")
+    begun = time.monotonic()
+    process = start_build("bash", "-c", "make book && echo built", cwd=folder)
+    process.folder, process.begun = folder, begun
     yield process
     if process.poll() is None:
         os.killpg(process.pid, signal.SIGKILL)
@@ -166,7 +219,7 @@ def test_a_newcomers_first_hour(clone):
     shutil.copy(clone / "data/adult.test.csv", clone / "people.csv")
     with (clone / "people.csv").open() as people:
         (clone / "new.csv").write_text("".join(people.readlines()[:2_001]))
-    readme = re.sub(r"(?ms)^## In containers$.*?(?=^## )", "", (clone / "README.md").read_text())  # they have own tests
+    readme = (clone / "README.md").read_text()
     done = []
 
     def run(words, codes=(0,)):
@@ -185,12 +238,15 @@ def test_a_newcomers_first_hour(clone):
                     walk.start(words, "…\nEverything runs; Ctrl-C stops it. Logs: …", 900)
                 elif words == "income-mlops worker":  # stays
                     run(f"timeout --signal=INT 8 {words}", (124, 130))
-                elif re.match(r"make (test|bench|book)|source ", words):  # the book is built below
+                elif re.match(r"make |source |docker |cp .env", words):  # see the next two tests
                     continue
                 else:
                     if words.startswith("mv var "):
                         walk.end()
                     run(words, {"analyze": (0, 10, 11), "diff": (0, 1)}.get(words.split()[1], (0,)))
+                if instead := re.search(r" +# or: (curl .+)$", line):  # here already, with its upload and job
+                    assert run(f"{instead[1]} -s -o said -w '%{{http_code}}'") == "200"
+                    assert json.loads((clone / "said").read_text())["job_id"]
                 if words.startswith("income-mlops upload"):  # what the ids on the page are here
                     job = json.loads(run("income-mlops jobs --json"))[0]["id"]
                     run(f"income-mlops jobs {job} --watch")
@@ -208,6 +264,54 @@ def test_a_newcomers_first_hour(clone):
     Walk(clone).follow(BOOK / "tutorials/add_model.md")
 
 
+def shown(*programs):
+    "Commands in blocks of the README and the pages that begin with one of these words: (page, command)."
+    pages = [p for p in BOOK.rglob("*.md") if not {"_build", "api"} & set(p.parts)]
+    for page in [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *pages]:
+        for block in BLOCK.finditer(page.read_text()):
+            if block["kind"] in ("sh", "console"):
+                for line in block["text"].replace("\\\n", " ").splitlines():
+                    words = re.sub(r" +# .*", "", line.removeprefix("$ ")).strip()
+                    if words.startswith(programs):
+                        yield page, words
+
+
+def test_targets_of_make_that_pages_show_exist():
+    "What is not executed by the tests themselves, such as `make bench`: make knows how it would be done."
+    targets = {words.split()[1] for _, words in shown("make ")}
+    assert {"up", "test", "book", "bench"} <= targets
+    for target in targets:
+        done = subprocess.run(["make", "-n", target], cwd=ROOT, capture_output=True, text=True)
+        assert done.returncode == 0 and done.stdout.strip(), f"{target}: {done.stderr}"
+        if target == "bench":
+            assert "benchmarks/[a-z]*.py" in done.stdout and list((ROOT / "benchmarks").glob("[a-z]*.py"))
+
+
+def test_commands_for_containers_that_pages_show_are_understood(tmp_path):
+    "Compose itself reads the files they name, with the variables of `.env.example`, and knows their services."
+    for name in ("docker-compose.yaml", "docker-compose.prod.yml"):
+        shutil.copy(ROOT / name, tmp_path)
+    example = re.sub(r"(?m)^([A-Z_]+)=$", r"\1=long-enough-words", (ROOT / ".env.example").read_text())
+    (tmp_path / ".env").write_text(example)  # filled in, as the README tells to
+    commands = list(shown("docker compose "))
+    assert len(commands) >= 3
+
+    def compose(*words):
+        return subprocess.run([Path(sys.executable).parent / "docker-compose", *words], cwd=tmp_path,
+                              capture_output=True, text=True, env={"PATH": os.environ["PATH"]})
+    for page, words in commands:
+        options = re.match(r"docker compose((?: +(?:-f|--profile|--env-file) +\S+)*)", words)
+        verb, *rest = words[options.end():].split()
+        there = compose(*options[1].split(), "config", "--services")
+        assert there.returncode == 0, f"{page}: {words}\n{there.stderr}"
+        help = compose(verb, "--help").stdout
+        assert f"docker compose {verb}" in help, f"{page}: {words}"
+        for option in [w for w in rest if w.startswith("-")] if verb != "exec" else []:
+            assert re.search(rf"(?m)^ .*(?<!\S){re.escape(option)}\b", help), f"{page}: {words}"
+        if verb == "exec":
+            assert next(w for w in rest if not w.startswith("-")) in there.stdout.split(), f"{page}: {words}"
+
+
 def test_settings_and_commands_that_pages_show_exist():
     "What is not executed is at least no invention: options, commands and settings on every page are real."
     from income_mlops.cli import main
@@ -220,8 +324,8 @@ def test_settings_and_commands_that_pages_show_exist():
         text = page.read_text()
         for variable in re.findall(r"DYNACONF_[A-Z_]+(?==)", text):
             assert variable in variables or variable == "DYNACONF_SECTION__KEY", f"{page}: {variable}"
-        shown = "\n".join(b["text"] for b in BLOCK.finditer(text) if b["kind"] in ("sh", "console", "ini"))
-        for words in re.findall(r"income-mlops ([a-z][^`\n|#;&>]*)", shown):
+        blocks = "\n".join(b["text"] for b in BLOCK.finditer(text) if b["kind"] in ("sh", "console", "ini"))
+        for words in re.findall(r"income-mlops ([a-z][^`\n|#;&>]*)", blocks):
             command = main
             for word in words.split():
                 if hasattr(command, "commands") and word in command.commands:
@@ -237,7 +341,8 @@ def test_three_pages(tmp_path):
     "A room with its code folded and its examples executed, formulas, and settings from the code."
     (tmp_path / "toc.yml").write_text("format: jb-book\nroot: book/reference/settings\nchapters:\n"
                                       "- file: nbs/00a_schema\n- file: book/explain/drift\n")
-    finish(start_build("--toc", tmp_path / "toc.yml", "--path-output", tmp_path))
+    finish(start_build("jupyter-book", "build", ".", "--config", "book/_config.yml", "--all", "--quiet",
+                       "--toc", tmp_path / "toc.yml", "--path-output", tmp_path))
     page = {p.stem: p.read_text() for p in (tmp_path / "_build/html").rglob("*.html") if "_static" not in p.parts}
     assert "DYNACONF_" in page["settings"] and "serving.threshold" in page["settings"]
     assert page["drift"].count("<math") > 5 and "<mfrac>" in page["drift"]
@@ -254,7 +359,7 @@ def test_links_between_sources_lead_somewhere():
     sources = {p: p.read_text() for p in BOOK.rglob("*.md") if not {"_build", "api"} & set(p.parts)}
     sources[ROOT / "README.md"] = (ROOT / "README.md").read_text()
     for notebook in [*(ROOT / "nbs").glob("*.ipynb"), *(ROOT / "nbs/explore").glob("*.ipynb"),
-                     BOOK / "reference/http.ipynb"]:
+                     *(p for p in BOOK.rglob("*.ipynb") if "_build" not in p.parts)]:
         sources[notebook] = "\n".join("".join(c["source"]) for c in json.loads(notebook.read_text())["cells"]
                                       if c["cell_type"] == "markdown")
     wrong = []
@@ -270,22 +375,33 @@ def test_links_between_sources_lead_somewhere():
 
 @pytest.fixture(scope="module")
 def site(building):
-    "The book, built: warnings, broken links and failing notebooks are errors."
-    assert "WARNING" not in finish(building)
-    with server(BOOK / "_build/html") as pages:
+    "The book, built: warnings, broken links and failing notebooks are errors. Its address and its folder."
+    said = finish(building)
+    print(f"make book on a fresh clone: {(time.monotonic() - building.begun) / 60:.1f} minutes at most")
+    assert "WARNING" not in said and said.rstrip().endswith("built")
+    folder = building.folder / "book/_build/html"
+    with server(folder) as pages:
         threading.Thread(target=pages.serve_forever, daemon=True).start()
-        yield f"http://127.0.0.1:{pages.server_port}"
+        yield f"http://127.0.0.1:{pages.server_port}", folder
         pages.shutdown()
+
+
+# Outputs of cells in which a reader sees nothing.
+EMPTY = """() => [...document.querySelectorAll("div.cell_output")].filter(e => {
+  const folded = e.closest("details:not([open])");
+  const seen = "img, svg, canvas, table, math, input, select, button, hr";
+  return !folded && (e.getBoundingClientRect().height < 4 || !(e.innerText.trim() || e.querySelector(seen)));
+}).map(e => e.closest("div.cell").innerText.slice(-200))"""
 
 
 @pytest.mark.full
 @pytest.mark.timeout(3600)
 def test_every_page_without_a_network(site):
-    "No failed request, no request elsewhere, no error in the console; search finds; formulas are drawn."
+    "No failed request, no request elsewhere, no error in the console; outputs are seen, search finds."
     if not CHROMIUM:
         pytest.skip("no Chromium here")
     from playwright.sync_api import sync_playwright
-    folder = BOOK / "_build/html"
+    site, folder = site
     pages = [p.relative_to(folder).as_posix() for p in folder.rglob("*.html")
              if "_static" not in p.parts and "_sources" not in p.parts]
     assert len(pages) > 100
@@ -302,11 +418,22 @@ def test_every_page_without_a_network(site):
         tab.on("response", lambda r: problems.append(f"{tab.url}: {r.status} {r.url}") if r.status >= 400 else None)
         for page in pages:
             tab.goto(f"{site}/{page}", wait_until="load")
+            problems += [f"{page}: an empty output after {cell!r}" for cell in tab.evaluate(EMPTY)]
         assert not problems, "\n".join(problems[:20])
 
-        tab.goto(f"{site}/search.html?q=Kolmogorov")
+        tab.goto(f"{site}/nbs/47e_form.html")
+        assert tab.locator(".widget input[type=range]").count() > 3  # without a kernel: the picture of a form
+        tab.goto(f"{site}/book/index.html")
+        tab.keyboard.press("Control+k")
+        tab.keyboard.type("Kolmogorov")
+        tab.keyboard.press("Enter")
+        tab.wait_for_url("**/search.html?q=Kolmogorov*")
         tab.wait_for_selector("ul.search li a")
-        assert any("comparison" in (a.get_attribute("href") or "") for a in tab.query_selector_all("ul.search li a"))
+        found = tab.locator("ul.search li a")
+        assert any("comparison" in found.nth(i).get_attribute("href") for i in range(found.count()))
+        found.first.click()
+        tab.wait_for_url("**/*highlight=Kolmogorov*")
+        assert "Kolmogorov" in tab.locator("article").inner_text()
         tab.goto(f"{site}/book/explain/drift.html")
         boxes = [m.bounding_box() for m in tab.query_selector_all("math[display=block], .math-block math")]
         assert len(boxes) >= 5 and all(b["height"] > 20 for b in boxes)  # fractions and sums, not lines of text
@@ -318,7 +445,7 @@ def test_every_page_without_a_network(site):
 @pytest.mark.timeout(3600)
 def test_every_link_inside_leads_somewhere(site):
     "Also what Sphinx does not check: links in raw HTML and to anchors."
-    folder = BOOK / "_build/html"
+    folder = site[1]
     pages = {p: p.read_text() for p in folder.rglob("*.html") if "_static" not in p.parts}
     ids = {p: set(re.findall(r'\b(?:id|name)="([^"]+)"', text)) for p, text in pages.items()}
     broken = []
@@ -340,13 +467,32 @@ def test_pages_say_nothing_of_this_machine():
 
 
 def test_notebooks_of_the_book_hold_no_outputs():
-    for notebook in [*(BOOK / "reference").glob("*.ipynb"), *(ROOT / "nbs/explore").glob("*.ipynb"),
-                     ROOT / "nbs/index.ipynb"]:
+    pages = [p for p in BOOK.rglob("*.ipynb") if "_build" not in p.parts]
+    for notebook in [*pages, *(ROOT / "nbs/explore").glob("*.ipynb"), ROOT / "nbs/index.ipynb"]:
         for cell in json.loads(notebook.read_text())["cells"]:
             assert not cell.get("outputs") and not cell.get("execution_count"), notebook
 
 
 def test_a_page_is_read_as_it_is_meant():
-    text = ("```console\n$ a \\\n> b\nx…\n$ c\n```\n\n```{code-block} python\n:caption: m.py\nz = 1\n```\n\n"
-            "```sh\nno\n```\n")
-    assert list(steps(text)) == [("command", "a \\\nb", "x…"), ("command", "c", ""), ("file", "m.py", "z = 1\n")]
+    text = ("```console\n$ a \\\n> b\nx…\n$ c\n```\n\nThe exit code is 11.\n\n"
+            "```{code-block} python\n:caption: m.py\nz = 1\n```\n\n```sh\nno\n```\n\n```console\n$ d\n```\n")
+    assert list(steps(text)) == [("command", "a \\\nb", "x…", 0), ("command", "c", "", 11),
+                                 ("file", "m.py", "z = 1\n", 0), ("command", "d", "", 0)]
+
+
+def test_an_exit_code_that_the_page_does_not_say_is_a_failure(tmp_path):
+    page = tmp_path / "page.md"
+    page.write_text("```console\n$ echo one; exit 3\none\n```\n")
+    with pytest.raises(AssertionError, match="exit code 3"):
+        Walk(tmp_path).follow(page)
+    page.write_text("```console\n$ echo one; exit 3\none\n```\n\nIts exit code is 3.\n")
+    Walk(tmp_path).follow(page)
+
+
+def test_files_of_a_page_are_written_appended_and_changed(tmp_path):
+    write(tmp_path, "a.ini", "models = One\nport = 1\n")
+    write(tmp_path, "change in a.ini", "models = One, Two\n")
+    write(tmp_path, "append to a.ini", "[more]\n")
+    assert (tmp_path / "a.ini").read_text() == "models = One, Two\nport = 1\n\n[more]\n"
+    with pytest.raises(AssertionError, match="0 lines of absent"):
+        write(tmp_path, "change in a.ini", "absent = 1\n")

@@ -3,9 +3,9 @@
 nbdev's directives are comments (`#| export`); Sphinx does not know them. Each notebook is changed on its way in:
 nothing is written back.
 
-Executed cells are cached by their source. What they *print* also depends on the modules they import and on the data,
-so a digest of these goes into each notebook as a first, removed cell: change a module, and exactly the notebooks that
-stand on it are executed anew.
+Executed cells are cached by their source. What they *print* also depends on the modules they import, on the data, the
+settings and the files that they name, so a digest of these goes into each notebook as a first, removed cell: change a
+module, and exactly the notebooks that stand on it are executed anew.
 """
 import ast
 import hashlib
@@ -75,6 +75,23 @@ def libraries(code: str) -> set[str]:
     return {f"{owner} {metadata.version(owner)}" for n in names if n != PACKAGE.name for owner in _owners().get(n, ())}
 
 
+def named(code: str) -> set[Path]:
+    "Files of the project that some code names, such as `README.md`."
+    words = set(re.findall(r"[\w./-]*\w\.\w+", code))
+    found = {(folder / word).resolve() for word in words for folder in (ROOT, ROOT / "nbs")}
+    return {p for p in found if p.is_file() and p.is_relative_to(ROOT)}
+
+
+def told() -> tuple[list[str], set[Path]]:
+    "What the environment says of settings, and the tables that are in use after it."
+    from income_mlops.settings import load_settings
+    own = ("DYNACONF_PATHS__STATE", "DYNACONF_PATHS__REPORTS")  # another folder at each build
+    said = [f"{k}={v}" for k, v in sorted(os.environ.items()) if k.upper().startswith("DYNACONF_") and k not in own]
+    settings = load_settings()
+    tables = [settings.path(p) for p in (settings.dataset.origin_path, settings.dataset.holdout_path) if p]
+    return said, {p for p in [settings.file, *tables, *(ROOT / "data").iterdir()] if p.is_file()}
+
+
 def depends_on(cells: list[dict[str, Any]]) -> str:
     "A digest of everything but the cells that decides what they print."
     code = "\n".join("".join(c["source"]) for c in cells if c["cell_type"] == "code")
@@ -82,12 +99,14 @@ def depends_on(cells: list[dict[str, Any]]) -> str:
     whole = re.search(r"income_mlops\.cli|\bpipelines\b|^\s*(!|%%(ba)?sh)", code, re.MULTILINE)
     names = {p.stem for p in PACKAGE.glob("*.py")} if whole else closure(
         {m for c in cells if c["cell_type"] == "code" for m in imported("".join(c["source"]))})
-    files = [ROOT / "settings.ini", *sorted((ROOT / "data").glob("*.csv")),
-             *(PACKAGE / f"{n}.py" for n in sorted(names))]
+    modules = [PACKAGE / f"{n}.py" for n in sorted(names)]
+    every = "\n".join([code, *(m.read_text() for m in modules)])
+    said, tables = told()
+    files = tables | named(every)
     if whole:
-        files += sorted((ROOT / "nbs/pipelines").glob("*.ipynb"))
-    versions = libraries("\n".join([code, *(f.read_text() for f in files if f.suffix == ".py")]))
-    return hashlib.sha256("".join([*map(_digest, files), *sorted(versions), sys.version]).encode()).hexdigest()
+        files |= set((ROOT / "nbs/pipelines").glob("*.ipynb"))
+    parts = [*map(_digest, [*modules, *sorted(files)]), *said, *sorted(libraries(every)), sys.version]
+    return hashlib.sha256("\n".join(parts).encode()).hexdigest()
 
 
 def defined(code: str) -> str:
