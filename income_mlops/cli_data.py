@@ -40,11 +40,10 @@ def _who() -> str:
         return f"user {os.getuid()} (command line)"
 
 
-def _api(settings: "Settings") -> tuple[str, bool]:
-    "The API's address, and whether it is on this machine."
-    url = settings.backend_url.rstrip("/").removesuffix("/predict")
+def _is_here(settings: "Settings", url: str) -> bool:
+    "Whether an address is one of this machine."
     host = urlsplit(url).hostname or ""
-    return url, host in ("localhost", "::1", settings.serving.host) or host.startswith("127.")
+    return host in ("localhost", "::1", settings.serving.host) or host.startswith("127.")
 
 # %% ../nbs/49a_cli_data.ipynb #c431259b
 class _Watched:
@@ -69,7 +68,7 @@ def _send(settings: "Settings", url: str, file: Path, retrain: bool | None) -> d
     from rich.progress import Progress
 
     from income_mlops.access import api_key
-    key = api_key(settings)
+    key, patience = api_key(settings), settings.uploads.check_timeout + 60
     params = {} if retrain is None else {"retrain": str(retrain).lower()}
     with Progress(console=Console(stderr=True), transient=True, disable=not sys.stderr.isatty()) as bar, \
             file.open("rb") as f:
@@ -77,7 +76,8 @@ def _send(settings: "Settings", url: str, file: Path, retrain: bool | None) -> d
         watched: Any = _Watched(f, lambda n: bar.advance(task, n))
         try:
             answer = httpx.post(f"{url}/upload_data", params=params, files={"file": (file.name, watched)},
-                                headers={"X-API-Key": key}, timeout=httpx.Timeout(30, read=900))
+                                headers={"X-API-Key": key}, timeout=httpx.Timeout(30, read=patience),
+                                trust_env=not _is_here(settings, url))  # a proxy is not to see this machine's key
         except httpx.ConnectError:
             return None
         except httpx.HTTPError as e:
@@ -94,7 +94,7 @@ def _send(settings: "Settings", url: str, file: Path, retrain: bool | None) -> d
 # %% ../nbs/49a_cli_data.ipynb #239c85ed
 def _store(settings: "Settings", file: Path, retrain: bool | None) -> dict[str, Any]:
     "Do what the API would do."
-    from income_mlops.intake import deposit
+    from income_mlops.deposits import deposit
     from income_mlops.jobs import Queue
     from income_mlops.uploads import desk, prepare
     if file.stat().st_size > settings.serving.max_upload_mb * 2**20:
@@ -124,10 +124,10 @@ def upload(file: Path, retrain: bool | None, as_json: bool) -> None:
       income-mlops upload new.csv --no-retrain
     """
     settings = _settings()
-    url, here = _api(settings)
+    url = settings.backend_url.rstrip("/").removesuffix("/predict")
     told = _send(settings, url, file, retrain)
     if directly := told is None:
-        if not here:
+        if not _is_here(settings, url):
             raise UploadError(f"the API at {url} does not answer (backend_url)")
         told = _store(settings, file, retrain)
     assert told is not None
@@ -194,8 +194,9 @@ def rollback(version: str, as_json: bool) -> None:
     settings = _settings()
     if settings.dataset.path:
         raise UploadError(f"dataset.path is set: {settings.dataset.path} is trained on, whichever version is current")
-    before, after = store.current(settings), store.load(settings, version)
-    store.make_current(settings, after)
+    with store.changing(settings):
+        before, after = store.current(settings), store.load(settings, version)
+        store.make_current(settings, after)
     told = {"current": after.id, "before": before.id, "rows": after.manifest.rows}
     click.echo(json.dumps(told, indent=2) if as_json else
                f"version {after.id[:8]} ({after.manifest.rows:,} rows) is current; before: {before.id[:8]}")
@@ -210,7 +211,7 @@ def delete(upload: str, as_json: bool) -> None:
     UPLOAD is an id or the beginning of one. A record of it stays: who deleted it, and when. Rows that were merged into
     versions stay in these versions and the models made from them.
     """
-    from income_mlops.intake import remove
+    from income_mlops.deposits import remove
     from income_mlops.jobs import Queue
     settings = _settings()
     gone = remove(settings, Queue(settings), upload, _who())
