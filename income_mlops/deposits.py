@@ -11,7 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
-from . import jobs, uploads
+from . import audit, jobs, settling, uploads
 from .jobs import Job, Kind, Queue
 from .settings import Settings
 from .uploads import InDoubt, InUse, Upload
@@ -72,7 +72,12 @@ def deposit(
         if does and not (retrain and all(j.is_over for j in does)):
             return Receipt(upload, next((j for j in does if not j.is_over), does[0]), new)
         return Receipt(upload, _enter(queue, upload, kind, by, again=bool(known)), True)
-    return uploads.publish(settings, folder, enter)
+    done = uploads.publish(settings, folder, enter)
+    if done.queued:
+        it, job = done.upload, done.job
+        audit.record(settings, by, "upload", f"upload {it.id[:12]} ({it.source}, {it.rows:,} rows): job {job.id} "
+                                             f"({job.kind})")
+    return done
 
 # %% ../nbs/46a_deposits.ipynb #e64cc3b9
 def _unless_in_use(queue: Queue) -> Callable[[Upload], None]:
@@ -90,7 +95,9 @@ def remove(
     by: str,
 ) -> uploads.Deletion:
     "Delete an upload that no job needs. `uploads.Unknown`, `uploads.InUse`."
-    return uploads.delete(settings, upload, by, check=_unless_in_use(queue))
+    gone = uploads.delete(settings, upload, by, check=_unless_in_use(queue))
+    audit.record(settings, by, "delete", f"upload {gone.id[:12]} ({gone.source})")
+    return gone
 
 
 def tidy(
@@ -98,9 +105,9 @@ def tidy(
     queue: Queue,
 ) -> None:
     "After a start: finish or undo what a dead process began; delete what is too old."
-    swept = uploads.sweep(settings)
-    removed = uploads.settle(settings, lambda upload: bool(jobs_of(queue, upload)))
+    swept = settling.sweep(settings)
+    removed = settling.settle(settings, lambda upload: bool(jobs_of(queue, upload)))
     if swept or removed:
         logger.info("cleared away %d leftovers of uploads that nobody was told of", swept + removed)
     for gone in uploads.expire(settings, _unless_in_use(queue)):
-        logger.info("upload %s (%s) deleted: %s", gone.id, gone.source, gone.why)
+        audit.record(settings, gone.deleted_by, "delete", f"upload {gone.id[:12]} ({gone.source}): {gone.why}")

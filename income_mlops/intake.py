@@ -20,7 +20,7 @@ from fastapi import FastAPI, HTTPException, Query, Request, Response
 from fastapi.responses import HTMLResponse, JSONResponse
 from starlette.requests import ClientDisconnect
 
-from . import jobs, registry, uploads
+from . import audit, jobs, registry, settling, uploads
 from .deposits import Receipt, deposit, jobs_of, remove, tidy
 from .errands import Broken, Helpers, Refused, is_full
 from .forms import BadForm, Early, save_file
@@ -62,7 +62,7 @@ class Intake:
                 await self._do("store", tidy, self.settings, self.queue)
             except Exception:
                 logger.exception("uploads could not be tidied")  # the queue may be away; uploads say so themselves
-            await asyncio.sleep(60 if uploads.is_unsettled(self.settings) else 3600)
+            await asyncio.sleep(60 if settling.is_unsettled(self.settings) else 3600)
 
     async def take(self, request: Request, by: str, retrain: bool | None) -> Receipt:
         "Bring in the file of a request."
@@ -141,8 +141,6 @@ def _upload_routes(app: FastAPI, intake: Intake) -> None:
             logger.info("upload by %s refused with %d: %s", who, told[0], told[1]["detail"])
             headers = {"Retry-After": "5"} if told[0] == 503 else None
             return Early(told[1], told[0], headers)
-        logger.info("upload %s (%s, %d rows) by %s: job %s", receipt.upload.id, receipt.upload.source,
-                    receipt.upload.rows, who, receipt.job.id)
         return _accepted(request, receipt)
 
     @app.get("/uploads", tags=["new data"])
@@ -247,6 +245,11 @@ def _analysis_routes(app: FastAPI, settings: Settings) -> None:
                 "started": found.info.start_time, "rows": {k: int(found.data.metrics.get(f"{k}_rows", 0))
                                                            for k in ("new", "reference")},
                 "links": {"report": f"{root}/analysis/report?run={found.info.run_id}"}}
+
+    @app.get("/audit", tags=["service"])
+    def get_audit(_: Writer, limit: Annotated[int, Query(ge=1, le=1000)] = 100) -> list[audit.Entry]:
+        "Who changed data or model, latest first. It names people, so it needs the key."
+        return audit.entries(settings, limit)
 
     @app.get("/analysis/report", tags=["new data"], response_class=HTMLResponse, responses=away)
     def get_report(run: _Run = "") -> HTMLResponse:

@@ -12,7 +12,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
-from . import datasets, pipelines, registry, runs, uploads
+from . import datasets, pipelines, registry, runs, settling, uploads
 from .data import DataError, read_table
 from .jobs import Job
 from .settings import Settings, SettingsError
@@ -26,7 +26,7 @@ def upload_of(
     job: str = "",  # the job that is being done
 ) -> tuple[Path, str]:
     "The file of an upload and the name it came with. `DataError` if it is not kept."
-    uploads.confirm(settings, id, job)
+    settling.confirm(settings, id, job)
     try:
         found = uploads.load(settings, id)
     except uploads.Unknown as e:

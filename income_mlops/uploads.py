@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['T', 'Unknown', 'InUse', 'InDoubt', 'Upload', 'Deletion', 'desk', 'prepare', 'note_job', 'publish', 'receive',
-           'listed', 'load', 'deletions', 'delete', 'expire', 'sweep', 'is_unsettled', 'confirm', 'settle']
+           'listed', 'load', 'deletions', 'delete', 'expire']
 
 # %% ../nbs/06b_uploads.ipynb #db3f8bc4
 import fcntl
@@ -300,71 +300,3 @@ def expire(
         with suppress(InUse, Unknown):  # deleted by somebody else
             gone.append(delete(settings, old.id, "retention", f"uploads.keep_days = {days:g}", both))
     return gone
-
-# %% ../nbs/06b_uploads.ipynb #7df1d27e
-def _abandoned(folder: Path) -> bool:
-    try:
-        with (folder / "held").open("a") as held:
-            fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    return True
-
-
-def sweep(
-    settings: Settings,
-) -> int:
-    "Clear away desks of dead processes and half-done deletions; how many."
-    store, swept = _store(settings), 0
-    if not store.is_dir():
-        return 0
-    with _locked(store):
-        gone = [f for f in store.glob(".new-*") if _abandoned(f)] + list(store.glob(".gone-*"))
-        for folder in gone:
-            shutil.rmtree(folder)
-        swept = len(gone)
-        for record in deletions(settings):  # recorded, but not done
-            folder = store / record.id
-            if folder.is_dir() and _read(folder).received == record.received:
-                _remove(folder)
-                swept += 1
-    return swept
-
-
-def is_unsettled(settings: Settings) -> bool:
-    "Whether there are uploads of which nobody has been told."
-    return any(_store(settings).glob("[!.]*/pending"))
-
-
-def confirm(
-    settings: Settings,
-    upload: str,  # an id
-    job: str,  # the id of a job that is being done
-) -> None:
-    "Take the mark off an upload whose job is in the queue, as its owner would have done."
-    mark = _store(settings) / upload / "pending"
-    if not mark.exists():
-        return
-    with _locked(_store(settings)):  # its owner may still be about to
-        if mark.exists() and job in _read(mark.parent).jobs:
-            mark.unlink()
-            _sync(mark.parent)
-
-
-def settle(
-    settings: Settings,
-    entered: Callable[[Upload], bool],  # whether a marked upload was entered where it has to be
-) -> int:
-    "Decide about uploads whose owner died before telling anybody; how many were removed."
-    store, removed = _store(settings), 0
-    if not is_unsettled(settings):
-        return 0
-    with _locked(store):
-        for mark in list(store.glob("[!.]*/pending")):
-            if entered(_read(mark.parent)):
-                mark.unlink()
-                _sync(mark.parent)
-            else:
-                _remove(mark.parent)
-                removed += 1
-    return removed

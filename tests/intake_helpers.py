@@ -12,6 +12,7 @@ from typing import Any
 import httpx
 
 from income_mlops import uploads
+from income_mlops.access import api_key
 from income_mlops.settings import Settings, load_settings
 
 PROJECT = Path(__file__).parent.parent
@@ -73,7 +74,7 @@ class IntakeApi:
         line = self.process.stdout.readline()
         assert line.startswith("API: "), self.log.read_text()
         self.url = line.removeprefix("API: ").strip()
-        self.key = {"X-API-Key": (settings.state / "api_key").read_text().strip()}
+        self.key = {"X-API-Key": api_key(settings)}
         self.http = httpx.Client(base_url=self.url, timeout=120, headers=self.key)
 
     def send(self, data: bytes, name: str = "new.csv", query: str = "", **options: Any) -> httpx.Response:

@@ -32,7 +32,8 @@ GOOD = csv(ROWS)
 
 @pytest.fixture(scope="module")
 def api(tmp_path_factory):
-    settings = make_project(tmp_path_factory.mktemp("intake"), serving={"max_upload_mb": 4})
+    keys = "ann:eightplusone, night.ly:anotherone"
+    settings = make_project(tmp_path_factory.mktemp("intake"), serving={"max_upload_mb": 4, "api_key": keys})
     with IntakeApi(settings) as api:
         yield api
         assert api.stop() < 10
@@ -280,7 +281,7 @@ def test_the_way_of_an_upload(api):
     assert (first["rows"], first["duplicates"], first["repeated"]) == (110, 50, 10) and first["job"] == "retrain"
     job = api.get(first["links"]["job"])
     assert (job["kind"], job["state"], job["upload"]) == ("retrain", "queued", first["upload"])
-    assert job["by"].startswith("api_key from 127.0.0.1") and "notebook" not in job["links"]
+    assert job["by"] == "ann from 127.0.0.1" and "notebook" not in job["links"]
     assert api.http.get(first["links"]["notebook"]).status_code == 404
 
     for query in ("?retrain=false", "", "?retrain=true"):  # it waits, and is not doubled
@@ -319,13 +320,35 @@ def test_the_way_of_an_upload(api):
 
     api.clear()
     (record,) = [d for d in api.get("/uploads?deleted=true") if d["id"] == upload.id]
-    assert record["merged_into"] == [version.id] and record["deleted_by"].startswith("api_key from 127.0.0.1")
+    assert record["merged_into"] == [version.id] and record["deleted_by"] == "ann from 127.0.0.1"
     assert datasets.load(settings, version.id).train.height == version.manifest.rows, "what was merged stays"
     came = api.send(known)
     assert came.status_code == 202 and came.json()["duplicates"] == 110, "and it may come again"
     assert api.get(f"/uploads/{upload.id}")["jobs"] == [came.json()["job_id"]], "with a job of its own"
     api.clear()
     datasets.make_current(settings, datasets.original(settings))
+
+
+def test_who_did_what_is_kept_and_shown(api):
+    """Keys have names; the record needs one, is added to, and outlives what it tells of."""
+    from income_mlops.audit import entries
+    before = len(entries(api.settings, 10_000))
+    assert httpx.get(f"{api.url}/audit").status_code == httpx.get(
+        f"{api.url}/audit", headers={"X-API-Key": "night.ly:anotherone"}).status_code == 401
+    sent = api.send(fresh(1), "a.csv", headers={"X-API-Key": "anotherone"})
+    assert sent.status_code == 202 and api.send(fresh(1)).status_code == 200, "nothing is done the second time"
+    told, id = sent.json(), sent.json()["upload"][:12]
+    api.http.delete(f"/jobs/{told['job_id']}")
+    api.http.delete(f"/uploads/{id}").raise_for_status()
+    later, first = api.get("/audit?limit=2")
+    assert (first["who"], first["act"]) == ("night.ly from 127.0.0.1", "upload")
+    assert first["what"] == f"upload {id} (a.csv, 300 rows): job {told['job_id']} (retrain)"
+    assert (later["who"], later["act"], later["what"]) == ("ann from 127.0.0.1", "delete", f"upload {id} (a.csv)")
+    assert first["at"] < later["at"] and len(entries(api.settings, 10_000)) == before + 2
+    shown = command(api.settings, "audit", "--json", "--limit", "2")
+    assert json.loads(shown.stdout) == [later, first], shown.output
+    assert "night.ly from 127.0.0.1" in command(api.settings, "audit").stdout
+    assert "upload by night.ly from 127.0.0.1: upload" in api.log.read_text(), "and in the log"
 
 
 def test_two_clocks_do_not_matter(api):
@@ -593,6 +616,8 @@ def test_back_to_an_older_version(tmp_path):
     back = command(settings, "datasets", "rollback", first.id[:6], "--json")
     assert json.loads(back.stdout) == {"current": first.id, "before": later, "rows": first.manifest.rows}
     assert datasets.current(settings).id == first.id
+    entry, = json.loads(command(settings, "audit", "--json").stdout)
+    assert entry["act"] == "rollback" and entry["who"].endswith("(command line)") and later in entry["what"]
     wrong = command(settings, "datasets", "rollback", "nonsense")
     assert wrong.exit_code == 3 and later in wrong.stderr
     told = json.loads(command(settings, "datasets", "list", "--json").stdout)
