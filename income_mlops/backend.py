@@ -112,6 +112,8 @@ class Backend:
 # %% ../nbs/47a_backend.ipynb #a83f704c
 class Api(Backend):
     "The routes by name."
+    patience = 660.0
+    "Seconds for the answer to an upload: `uploads.check_timeout` and a minute."
 
     def health(self) -> dict[str, Any]:
         found = self.get("/health", timeout=2)
@@ -160,6 +162,7 @@ class Api(Backend):
         self.send("DELETE", f"/jobs/{job}", key)
 
     def upload(self, name: str, content: bytes, retrain: bool, key: str) -> dict[str, Any]:
-        found = self.send("POST", "/upload_data", key, 120, files={"file": (name, content)},
-                          params={"retrain": str(retrain).lower()})
+        "`retrain`: unless that was asked for before; else only analyse it."
+        found = self.send("POST", "/upload_data", key, self.patience, files={"file": (name, content)},
+                          params={} if retrain else {"retrain": "false"})
         return dict(found.json())

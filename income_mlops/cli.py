@@ -318,6 +318,7 @@ def settings(as_json: bool) -> None:
 # %% ../nbs/50_cli.ipynb #b0d6b242
 main.add_command(cli_data.upload)
 main.add_command(cli_data.datasets)
+main.add_command(cli_data.audit)
 
 # %% ../nbs/50_cli.ipynb #299da941
 main.add_command(diff)

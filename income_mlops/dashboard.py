@@ -45,7 +45,9 @@ class Dashboard:
     tabs: tuple[type[Tab], ...] = (PredictTab, ModelTab, DataTab, JobsTab, FairnessTab)
 
     def __init__(self, settings: Settings):
-        self.shared = Shared(Api(settings.backend_url))
+        api = Api(settings.backend_url)
+        api.patience = settings.uploads.check_timeout + 60
+        self.shared = Shared(api)
         self.shared.mlflow = mlflow_address(settings)
         self.parts = [tab(self.shared) for tab in self.tabs]
         self.status, self._ended = html("", "live"), 0.0

@@ -127,13 +127,16 @@ class Queue:
         kind: Kind,
         by: str,  # who asks
         upload: str | None = None,  # id of the upload, for `retrain` and `analyze`
+        id: str | None = None,  # one that was written down before; an error if there is such a job
         **parameters: Any,  # `models`, `trials`, `timeout`, `seed`; for `train` also `dataset`
     ) -> Job:
         "Write a job down. Once this returns, it survives a power cut."
         self._check(kind, upload, parameters)
-        id = secrets.token_hex(6)
-        self.store.insert(self._row(id, kind, by, upload, parameters))
-        return self.get(id)
+        row = self._row(id or secrets.token_hex(6), kind, by, upload, parameters)
+        self.store.insert(row)
+        now = datetime.now(UTC)  # not read again: it is there, whether or not the database answers once more
+        return Job(id=row["id"], kind=kind, state="queued", by=by, created=now, due=now, upload=upload,
+                   parameters=row["parameters"], log=(Change(at=now, state="queued", by=by),))
 
     def add_first(self, by: str) -> Job | None:
         "Ask for the first training ever; nothing if one waits or runs already."

@@ -13,7 +13,7 @@ from dataclasses import replace
 from datetime import UTC, datetime
 from typing import Any
 
-from . import promotion, registry
+from . import audit, promotion, registry
 from .promotion import Choice
 from .registry import NEWEST, NoModel, RegistryError, Unreachable, Version
 from .served import Asked, NotServable, Record, Served, Store, load_served
@@ -77,17 +77,28 @@ class Swapper(State):
         "Serve what was chosen. `NotServable` if it cannot be."
         old, by = self.served, asked.by if asked else None
         if old and _key(old.version) == _key(choice.version):
+            since = old.since if (choice.alias, by) == (old.alias, old.by) else datetime.now(UTC)
             new = replace(old, version=choice.version, alias=choice.alias, pinned=choice.pinned, others=choice.others,
-                          by=by)
+                          by=by, since=since)
         else:
             new = replace(self._load(choice), by=by)
             self.swaps += 1
             log.info("serving %s", new)
+        self._tell(old, new, asked)
         self.served, self._asked, self.last_error, self._refused = new, asked, None, {}
         try:
             self._store.write(Record(choice=choice, since=new.since, asked=asked, by=by))
         except OSError as e:  # it is served all the same
             self._note(f"no copy of {new} was kept: {e}")
+
+    def _tell(self, old: Served | None, new: Served, asked: Asked | None) -> None:
+        "Who or what brought another model into service."
+        by_hand = asked is not None and asked is not self._asked
+        if not by_hand and old and _key(old.version) == _key(new.version):
+            return
+        who = new.by if by_hand and new.by else f"the alias {new.alias}"
+        audit.record(self.settings, who, "set_model" if by_hand else "follow",
+                     f"{new} serves as {new.alias}, before it {old or 'nothing'}")
 
     def _load(self, choice: Choice) -> Served:
         version, key = choice.version, _key(choice.version)

@@ -14,6 +14,7 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict
 
+from . import audit
 from .registry import (NEWEST, NoModel, RegistryError, Unknown, Version, aliases, asking, bearing_of,
                                    find_family, versions, versions_of)
 from .settings import Settings
@@ -114,6 +115,8 @@ def promote(
         if replaced not in (None, number):
             client.set_model_version_tag(name, str(number), f"{alias}.replaced", str(replaced))
         _move(client, name, models[name], alias, number, by)
+    before = f", which was version {replaced}" if replaced not in (None, number) else ""
+    audit.record(settings, by or _me(), "promote", f"{name} version {number} is {alias}{before}")
     return next(v for v in versions(settings) if (v.name, v.version) == (name, number))
 
 
@@ -133,6 +136,7 @@ def revert(
         if int(before) not in [v.version for v in versions(settings) if v.name == now.name]:
             raise Unknown(f"{now.name} version {before} is no longer there")
         _move(client, now.name, aliases(settings)[now.name], alias, int(before), by)
+    audit.record(settings, by or _me(), "revert", f"{now.name} version {before} is {alias} again, not {now.version}")
     return next(v for v in versions(settings) if (v.name, v.version) == (now.name, int(before)))
 
 
@@ -140,6 +144,7 @@ def withdraw(
     settings: Settings,
     family: str,
     alias: str,
+    by: str | None = None,
 ) -> None:
     "Take an alias away from a family, whatever its case."
     alias, models = _check_alias(alias), aliases(settings)
@@ -150,3 +155,4 @@ def withdraw(
     with asking(settings) as client:
         for a in spelled:
             client.delete_registered_model_alias(name, a)
+    audit.record(settings, by or _me(), "withdraw", f"{name} version {models[name][spelled[0]]} is {alias} no longer")

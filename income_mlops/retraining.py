@@ -12,7 +12,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
-from . import datasets, pipelines, registry, runs, uploads
+from . import datasets, pipelines, registry, runs, settling, uploads
 from .data import DataError, read_table
 from .jobs import Job
 from .settings import Settings, SettingsError
@@ -23,8 +23,10 @@ from .verdict import VERDICTS
 def upload_of(
     settings: Settings,
     id: str,
+    job: str = "",  # the job that is being done
 ) -> tuple[Path, str]:
     "The file of an upload and the name it came with. `DataError` if it is not kept."
+    settling.confirm(settings, id, job)
     try:
         found = uploads.load(settings, id)
     except uploads.Unknown as e:
@@ -94,7 +96,7 @@ class Retraining(Steps):
 
     def analyze(self) -> str:
         "Both analyses; the worse verdict."
-        path, _ = upload_of(self.settings, self.job.upload or "")
+        path, _ = upload_of(self.settings, self.job.upload or "", self.job.id)
         verdicts: list[str] = []
         for reference in ("original", "current"):
             name = f"analyze against {reference}"
@@ -104,12 +106,12 @@ class Retraining(Steps):
         return str(self.result["verdict"])
 
     def merge(self) -> dict[str, Any]:
-        "Make the version with the upload's rows current. No other training or merge runs meanwhile."
+        "Make the version with the upload's rows current. No other training or merge runs meanwhile, nor a way back."
         if self.settings.dataset.path:
             raise SettingsError("dataset.path is set: new data can only be merged into the versions that are kept here")
-        path, source = upload_of(self.settings, self.job.upload or "")
+        path, source = upload_of(self.settings, self.job.upload or "", self.job.id)
         rows = read_table(path, self.settings.dataset.columns.missing)
-        with pipelines.only_one(self.settings, self.cancel):
+        with pipelines.only_one(self.settings, self.cancel), datasets.changing(self.settings):
             before = datasets.current(self.settings)
             after = datasets.merge(self.settings, rows, f"upload {(self.job.upload or '')[:8]} ({source})")
             datasets.make_current(self.settings, after)

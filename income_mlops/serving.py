@@ -24,7 +24,7 @@ from fastapi_offline import FastAPIOffline
 from pydantic import BaseModel, ConfigDict, Field
 
 from . import registry
-from .access import api_key, is_key
+from .access import api_keys, name_of
 from .answers import Front, Meters
 from .explaining import add_explain
 from .loader import Loader
@@ -82,11 +82,11 @@ def writer(
     key: Annotated[str | None, Security(_header)] = None,
 ) -> str:
     "Who asks, for routes that write: 401 without the right key."
-    if not is_key(key, request.app.state.api_key):
+    if (name := name_of(key, request.app.state.api_keys)) is None:
         what = "is wrong" if key else "is missing"
         raise HTTPException(401, f"the X-API-Key header {what}; the key is serving.api_key or in the state folder's "
                                  "api_key file", {"WWW-Authenticate": "ApiKey"})
-    return f"api_key from {request.client.host if request.client else 'unknown'}"
+    return f"{name} from {request.client.host if request.client else 'unknown'}"
 
 
 Writer = Annotated[str, Depends(writer)]
@@ -246,7 +246,8 @@ def create_app(
         title=settings.mlflow.experiment_name, version=installed("income_mlops"), lifespan=lifespan, redoc_url=None,
         description="Predictions, and the models behind them.", swagger_ui_parameters={"validatorUrl": None})
     app.state.settings, app.state.loader, app.state.meters = settings, loader, meters
-    app.state.api_key = api_key(settings)
+    app.state.api_keys = api_keys(settings)
+    app.state.api_key = next(iter(app.state.api_keys.values()))
     app.add_middleware(Front, settings=settings, loader=loader, meters=meters)
     _handle_problems(app)
     _add_routes(app, settings, loader, meters, outlook)

@@ -12,6 +12,7 @@ from typing import Any
 import httpx
 
 from income_mlops import uploads
+from income_mlops.access import api_key
 from income_mlops.settings import Settings, load_settings
 
 PROJECT = Path(__file__).parent.parent
@@ -55,6 +56,7 @@ if sys.argv[2] != "0":
 from income_mlops.intake import part
 from income_mlops.serving import serve
 from income_mlops.settings import load_settings
+exec(sys.argv[3])
 serve(load_settings(sys.argv[1]), 0, [part])
 """
 
@@ -62,17 +64,17 @@ serve(load_settings(sys.argv[1]), 0, [part])
 class IntakeApi:
     """The service, spoken to over HTTP; it is killed at the end if it has not been stopped."""
 
-    def __init__(self, settings: Settings, file_limit: int = 0):
+    def __init__(self, settings: Settings, file_limit: int = 0, fault: str = ""):  # fault: code that it runs first
         self.settings = settings
         self.log = settings.root / "api.log"
         with self.log.open("a") as log:
             self.process = subprocess.Popen(
-                [sys.executable, "-c", CODE, str(settings.root / "settings.ini"), str(file_limit)],
+                [sys.executable, "-c", CODE, str(settings.root / "settings.ini"), str(file_limit), fault],
                 stdout=subprocess.PIPE, stderr=log, text=True, cwd=settings.root)
         line = self.process.stdout.readline()
         assert line.startswith("API: "), self.log.read_text()
         self.url = line.removeprefix("API: ").strip()
-        self.key = {"X-API-Key": (settings.state / "api_key").read_text().strip()}
+        self.key = {"X-API-Key": api_key(settings)}
         self.http = httpx.Client(base_url=self.url, timeout=120, headers=self.key)
 
     def send(self, data: bytes, name: str = "new.csv", query: str = "", **options: Any) -> httpx.Response:
@@ -121,8 +123,8 @@ def remains(settings: Settings) -> list[str]:
     for entry in store(settings).iterdir() if store(settings).is_dir() else []:
         if entry.name.startswith(".") and entry.name not in (".lock", ".deleted"):
             found.append(entry.name)
-        elif not entry.name.startswith(".") and sorted(f.name for f in entry.iterdir()) != ["data.parquet",
-                                                                                             "manifest.json"]:
+        elif not entry.name.startswith(".") and sorted(f.name for f in entry.iterdir()) != [
+                "data.parquet", "jobs", "manifest.json"]:
             found.append(f"{entry.name}: {sorted(f.name for f in entry.iterdir())}")
     return found
 

@@ -1,17 +1,21 @@
 """Uploads and jobs over HTTP: what is refused, with column and line, what is taken in, and that nothing else stays."""
 
+import contextlib
 import gzip
 import io
 import json
 import socket
 import subprocess
 import sys
+import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import httpx
 import numpy as np
 import polars as pl
+import psutil
 import pytest
 from intake_helpers import HEADER, LINES, IntakeApi, check_uploads, csv, fresh, make_project, remains, store, wait_until
 from starlette.testclient import TestClient
@@ -28,7 +32,8 @@ GOOD = csv(ROWS)
 
 @pytest.fixture(scope="module")
 def api(tmp_path_factory):
-    settings = make_project(tmp_path_factory.mktemp("intake"), serving={"max_upload_mb": 4})
+    keys = "ann:eightplusone, night.ly:anotherone"
+    settings = make_project(tmp_path_factory.mktemp("intake"), serving={"max_upload_mb": 4, "api_key": keys})
     with IntakeApi(settings) as api:
         yield api
         assert api.stop() < 10
@@ -116,10 +121,11 @@ REFUSED = {
     "zip": (b"PK\x03\x04" + GOOD, None, None, "zip or Excel"),
     "binary": (bytes(range(256)) * 50, None, None, "binary data"),
     "PDF": (b"%PDF-1.7\n" + GOOD, None, None, "a PDF"),
-    "JSON": (json.dumps([{"age": 1}]).encode(), None, None, ""),
+    "JSON": (json.dumps([{"age": 1}]).encode(), None, None, "has a header but no rows"),
     "Parquet, truncated": (parquet()[:-200], None, None, "not a readable Parquet file"),
     "Parquet, its beginning": (b"PAR1", None, None, "not a readable Parquet file"),
-    "Parquet, damaged within": (parquet()[:1000] + b"\xff" * 400 + parquet()[1400:], None, None, ""),
+    "Parquet, damaged within": (parquet()[:1000] + b"\xff" * 400 + parquet()[1400:], None, None,
+                                "not a readable Parquet file"),
     "Parquet, nested": (parquet(lambda t: t.with_columns(pl.concat_list("age").alias("age"))), "age", None, "nested"),
     "Parquet, dates for numbers": (parquet(column("age", pl.lit("2026-01-01").str.to_date())), "age", 1,
                                    "row 1: Date values; expected numbers"),
@@ -275,16 +281,20 @@ def test_the_way_of_an_upload(api):
     assert (first["rows"], first["duplicates"], first["repeated"]) == (110, 50, 10) and first["job"] == "retrain"
     job = api.get(first["links"]["job"])
     assert (job["kind"], job["state"], job["upload"]) == ("retrain", "queued", first["upload"])
-    assert job["by"].startswith("api_key from 127.0.0.1") and "notebook" not in job["links"]
+    assert job["by"] == "ann from 127.0.0.1" and "notebook" not in job["links"]
     assert api.http.get(first["links"]["notebook"]).status_code == 404
 
-    assert api.send(known, query="?retrain=false").json()["job_id"] == job["id"]
+    for query in ("?retrain=false", "", "?retrain=true"):  # it waits, and is not doubled
+        same = api.send(known, query=query)
+        assert same.status_code == 200 and same.json()["job_id"] == job["id"]
+    api.http.delete(f"/jobs/{job['id']}").raise_for_status()
     again = api.send(known, query="?retrain=true")
     assert again.status_code == 202 and again.json()["job_id"] != job["id"]
     assert api.get(again.json()["links"]["job"])["parameters"] == {"again": True}
     assert api.send(known).json()["job_id"] == again.json()["job_id"], "the latest one"
     looked = api.send(fresh(1), query="?retrain=false")
     assert looked.status_code == 202 and looked.json()["job"] == "analyze"
+    assert api.send(fresh(1), query="?retrain=false").json()["job_id"] == looked.json()["job_id"]
 
     here = api.get("/uploads")
     assert [len(u["jobs"]) for u in here] == [1, 2] and here[1]["source"] == "march.csv"
@@ -310,13 +320,90 @@ def test_the_way_of_an_upload(api):
 
     api.clear()
     (record,) = [d for d in api.get("/uploads?deleted=true") if d["id"] == upload.id]
-    assert record["merged_into"] == [version.id] and record["deleted_by"].startswith("api_key from 127.0.0.1")
+    assert record["merged_into"] == [version.id] and record["deleted_by"] == "ann from 127.0.0.1"
     assert datasets.load(settings, version.id).train.height == version.manifest.rows, "what was merged stays"
     came = api.send(known)
     assert came.status_code == 202 and came.json()["duplicates"] == 110, "and it may come again"
     assert api.get(f"/uploads/{upload.id}")["jobs"] == [came.json()["job_id"]], "with a job of its own"
     api.clear()
     datasets.make_current(settings, datasets.original(settings))
+
+
+def test_who_did_what_is_kept_and_shown(api):
+    """Keys have names; the record needs one, is added to, and outlives what it tells of."""
+    from income_mlops.audit import entries
+    before = len(entries(api.settings, 10_000))
+    assert httpx.get(f"{api.url}/audit").status_code == httpx.get(
+        f"{api.url}/audit", headers={"X-API-Key": "night.ly:anotherone"}).status_code == 401
+    sent = api.send(fresh(1), "a.csv", headers={"X-API-Key": "anotherone"})
+    assert sent.status_code == 202 and api.send(fresh(1)).status_code == 200, "nothing is done the second time"
+    told, id = sent.json(), sent.json()["upload"][:12]
+    api.http.delete(f"/jobs/{told['job_id']}")
+    api.http.delete(f"/uploads/{id}").raise_for_status()
+    later, first = api.get("/audit?limit=2")
+    assert (first["who"], first["act"]) == ("night.ly from 127.0.0.1", "upload")
+    assert first["what"] == f"upload {id} (a.csv, 300 rows): job {told['job_id']} (retrain)"
+    assert (later["who"], later["act"], later["what"]) == ("ann from 127.0.0.1", "delete", f"upload {id} (a.csv)")
+    assert first["at"] < later["at"] and len(entries(api.settings, 10_000)) == before + 2
+    shown = command(api.settings, "audit", "--json", "--limit", "2")
+    assert json.loads(shown.stdout) == [later, first], shown.output
+    assert "night.ly from 127.0.0.1" in command(api.settings, "audit").stdout
+    assert "upload by night.ly from 127.0.0.1: upload" in api.log.read_text(), "and in the log"
+
+
+def test_two_clocks_do_not_matter(api):
+    """The queue's database and the API may be on machines that disagree about the time."""
+    first = api.send(fresh(1)).json()
+    manifest = store(api.settings) / first["upload"] / "manifest.json"
+    manifest.write_text(json.dumps({**json.loads(manifest.read_text()), "received": "2100-01-01T00:00:00Z"}))
+    same = api.send(fresh(1))
+    assert same.status_code == 200 and same.json()["job_id"] == first["job_id"]
+    assert api.get(f"/uploads/{first['upload']}")["jobs"] == [first["job_id"]]
+    assert api.http.delete(f"/uploads/{first['upload']}").status_code == 409, "its job waits"
+
+
+def test_a_job_that_is_entered_while_its_upload_is_to_be_deleted_keeps_it(api):
+    """Whether it is needed is asked when nobody can enter a job any more."""
+    import fcntl
+
+    from income_mlops.deposits import remove
+    first = api.send(fresh(1)).json()
+    api.http.delete(f"/jobs/{first['job_id']}").raise_for_status()
+    queue = Queue(api.settings)
+    with (store(api.settings) / ".lock").open("a") as lock, ThreadPoolExecutor(1) as pool:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # somebody brings the same content
+        deleting = pool.submit(remove, api.settings, queue, first["upload"], "me")
+        time.sleep(0.3)
+        assert not deleting.done()
+        queue.add("retrain", "you", first["upload"])
+        fcntl.flock(lock, fcntl.LOCK_UN)
+        with pytest.raises(uploads.InUse, match="cancel it first"):
+            deleting.result(30)
+    assert [u.id for u in uploads.listed(api.settings)] == [first["upload"]]
+
+
+def test_pages_do_not_wait_for_files_that_take_long_to_be_looked_through(api):
+    job = api.send(fresh(1)).json()["job_id"]
+    notebook = api.settings.root / "any.ipynb"
+    notebook.write_text(json.dumps({"nbformat": 4, "nbformat_minor": 5, "metadata": {}, "cells": []}))
+    from income_mlops.jobs import WorkerQueue, worker_name
+    worker = WorkerQueue(api.settings, worker_name())
+    mine = worker.claim()
+    worker.beat(mine, progress={"step": "analyze", "notebook": str(notebook)})
+    service = psutil.Process(api.process.pid)
+    with ThreadPoolExecutor(2) as pool:
+        sent = [pool.submit(api.send, fresh(n, 20_000)) for n in (2, 3)]
+        helpers = wait_until(lambda: len(service.children()) >= 2 and service.children())
+        for helper in helpers:
+            helper.suspend()
+        try:
+            assert api.http.get(f"/jobs/{job}/notebook", timeout=60).status_code == 200
+            assert not any(s.done() for s in sent)
+        finally:
+            for helper in helpers:
+                helper.resume()
+        assert [s.result().status_code for s in sent] == [202, 202]
+    worker.finish(mine, "failed", error="for a test")
 
 
 def test_ten_uploads_at_once(api):
@@ -448,15 +535,18 @@ def command(settings, *words, **env):
 def test_the_command_speaks_to_the_api_or_stores_directly(api, tmp_path):
     file = tmp_path / "new.csv"
     file.write_bytes(fresh(5))
-    there = {"DYNACONF_BACKEND_URL": api.url + "/predict"}
+    there, before = {"DYNACONF_BACKEND_URL": api.url + "/predict"}, len(api.get("/jobs"))
     sent = command(api.settings, "upload", file, "--json", **there)
     assert sent.exit_code == 0, sent.stderr
     told = json.loads(sent.stdout)
     assert told["by"] == api.url and told["job"] == "retrain" and api.get("/jobs")[0]["id"] == told["job_id"]
     away = {"DYNACONF_BACKEND_URL": "http://127.0.0.1:9"}
-    direct = command(api.settings, "upload", file, "--retrain", **away)
-    assert direct.exit_code == 0 and "stored directly" in direct.stderr and "(retrain) is queued" in direct.stdout
-    assert len(api.get("/uploads")) == 1 and len(api.get("/jobs?state=queued")) == 2
+    for jobs in (1, 2):
+        direct = command(api.settings, "upload", file, "--retrain", **away)
+        assert direct.exit_code == 0 and "stored directly" in direct.stderr and "(retrain) is queued" in direct.stdout
+        assert len(api.get("/uploads")) == 1 and len(api.get("/jobs")) - before == jobs
+        if jobs == 1:  # it was waiting
+            api.http.delete(f"/jobs/{told['job_id']}").raise_for_status()
     bad = tmp_path / "bad.csv"
     bad.write_bytes(with_value(0, "forty"))
     for env in (there, away):
@@ -474,6 +564,49 @@ def test_the_command_speaks_to_the_api_or_stores_directly(api, tmp_path):
     assert json.loads(gone.stdout)["id"] == told["upload"] and not api.get("/uploads")
 
 
+def test_the_key_goes_to_no_proxy(api, tmp_path):
+    """What is sent to this machine is seen by nobody else, whatever the shell's variables say."""
+    file, seen = tmp_path / "new.csv", []
+    file.write_bytes(fresh(6))
+    with socket.create_server(("127.0.0.1", 0)) as proxy:
+        def listen():
+            with contextlib.suppress(OSError):
+                while True:
+                    connection, _ = proxy.accept()
+                    seen.append(connection.recv(1000))
+                    connection.close()
+        threading.Thread(target=listen, daemon=True).start()
+        address = f"http://127.0.0.1:{proxy.getsockname()[1]}"
+        sent = command(api.settings, "upload", file, DYNACONF_BACKEND_URL=api.url, HTTP_PROXY=address,
+                       http_proxy=address, ALL_PROXY=address, NO_PROXY="", no_proxy="")
+        proxy.shutdown(socket.SHUT_RDWR)
+    assert sent.exit_code == 0 and not seen, (sent.stderr, seen)
+
+
+def test_a_merge_and_a_way_back_wait_for_each_other(tmp_path):
+    from income_mlops.retraining import Retraining
+    settings = make_project(tmp_path)
+    first = datasets.current(settings)
+    upload, _ = uploads.receive(settings, _file(tmp_path, GOOD), "good.csv", "me")
+    later = datasets.merge(settings, read_table(_file(tmp_path, fresh(7))), "upload x")
+    datasets.make_current(settings, later)
+    job = Queue(settings).add("retrain", "me", upload.id)
+    merging = Retraining(settings, job, lambda **_: None, threading.Event(), {})
+    with ThreadPoolExecutor(2) as pool:
+        with datasets.changing(settings):
+            merge = pool.submit(merging.merge)
+            time.sleep(1)
+            assert not merge.done()
+            datasets.make_current(settings, first)
+        assert merge.result(60)["before"] == first.id, "it builds on what was gone back to"
+        with datasets.changing(settings):
+            back = pool.submit(command, settings, "datasets", "rollback", first.id, "--json")
+            time.sleep(1)
+            assert not back.done()
+            datasets.make_current(settings, later)
+        assert json.loads(back.result(60).stdout)["before"] == later.id, "it says what it replaced"
+
+
 def test_back_to_an_older_version(tmp_path):
     settings = make_project(tmp_path)
     first = datasets.current(settings)
@@ -483,6 +616,8 @@ def test_back_to_an_older_version(tmp_path):
     back = command(settings, "datasets", "rollback", first.id[:6], "--json")
     assert json.loads(back.stdout) == {"current": first.id, "before": later, "rows": first.manifest.rows}
     assert datasets.current(settings).id == first.id
+    entry, = json.loads(command(settings, "audit", "--json").stdout)
+    assert entry["act"] == "rollback" and entry["who"].endswith("(command line)") and later in entry["what"]
     wrong = command(settings, "datasets", "rollback", "nonsense")
     assert wrong.exit_code == 3 and later in wrong.stderr
     told = json.loads(command(settings, "datasets", "list", "--json").stdout)

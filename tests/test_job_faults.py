@@ -4,7 +4,6 @@ import random
 import signal
 import time
 
-import polars as pl
 import pytest
 from job_helpers import (
     Worker,
@@ -12,7 +11,6 @@ from job_helpers import (
     assert_clean,
     kernels,
     new_project,
-    postgres,
     rows,
     upload,
     wait_for,
@@ -21,7 +19,7 @@ from job_helpers import (
 )
 from serving_helpers import MlflowServer
 
-from income_mlops import datasets, registry
+from income_mlops import registry
 from income_mlops.jobs import Queue
 
 KILLS = int(os.environ.get("JOB_KILLS", "20"))  # more, for a night
@@ -75,52 +73,6 @@ def test_workers_killed_at_random_points(tmp_path):
     assert ends == sorted(ends)
     assert {v.dataset for v in registry.versions(settings)} >= {j.result["dataset"] for j in trained}
     assert not [p for p in (settings.state / "datasets").rglob(".new-*") if time.time() - p.stat().st_mtime > 3600]
-
-
-def test_ten_uploads_two_workers_one_rejected_on_postgresql(tmp_path):
-    "No loss, no double training, the order kept; the rejected one leaves no row in the others' versions."
-    with postgres(tmp_path / "server") as url:
-        settings = new_project(tmp_path / "project", storage=url)
-        queue, table, bad = Queue(settings), rows(), 4
-        parts = [table.slice(2000 + 150 * n, 150) for n in range(10)]
-        parts[bad] = parts[bad].with_columns(pl.col("age") * 100, pl.col("hours-per-week") * 1000,
-                                             pl.lit(">50K").alias("income"))
-        with workers(settings, 2) as running:
-            first, = wait_until_over(settings, wait_for(queue.list, 120, "the first training is asked for"), 300)
-            jobs = [queue.add("retrain", f"person {n}", upload=upload(settings, part, f"{n}.csv"))
-                    for n, part in enumerate(parts)]
-            most = 0
-            while not all(queue.get(j.id).is_over for j in jobs):
-                most = max(most, queue.counts()["running"])
-                time.sleep(0.3)
-                assert (time.time() - jobs[0].created.timestamp()) < 1700
-            done = [queue.get(j.id) for j in jobs]
-            for worker in running:
-                assert worker.stop() < 15
-        assert most == 1, "one training at a time"
-        assert first.state == "succeeded" and first.result["models"]
-        assert all(j.state == "succeeded" and j.attempts == 1 for j in done), [(j.id, j.error) for j in done]
-        assert [j.ended for j in done] == sorted(j.ended for j in done)
-        assert done[bad].result["verdict"] == "do not retrain" and not done[bad].result["models"]
-        assert "merge" not in done[bad].result["steps"] and "nothing trained" in done[bad].result["outcome"]
-        good = [j for n, j in enumerate(done) if n != bad]
-        assert len(registry.versions(settings)) == 1 + len({j.result["dataset"] for j in good if j.result["models"]})
-        kept = {d.id: d for d in datasets.versions(settings)}
-        parents = [kept[j.result["dataset"]].manifest.parent for j in good]
-        chain = [first.result["dataset"], *(j.result["dataset"] for j in good)]
-        assert parents == chain[:-1], "each builds on the one before"
-        for version in kept.values():
-            for side in (version.train, version.holdout):
-                assert side["age"].max() < 100, "no row of the rejected upload"
-        last = datasets.current(settings)
-        features = [c.name for c in last.schema.features]
-        both = pl.concat([last.train, last.holdout]).select(features)
-        for n, part in enumerate(parts):
-            if n != bad:
-                clean = datasets.conform(part, last.schema).select(features)
-                assert clean.join(both, on=features, how="anti", nulls_equal=True).is_empty(), "every row is there"
-        assert_clean(settings)
-        queue.store.engine.dispose()
 
 
 def test_mlflow_away_in_mid_job(tmp_path, free_port):

@@ -14,7 +14,7 @@ import pytest
 from serving_helpers import Api, MlflowServer, Rows, copy_store, make_settings, train, wait_for
 from starlette.testclient import TestClient
 
-from income_mlops import promotion, registry
+from income_mlops import audit, promotion, registry
 from income_mlops.chosen import chosen, glance
 from income_mlops.data import Column, Schema
 from income_mlops.requests import BadRequest, RequestModel, body_schema, typical_row
@@ -489,6 +489,30 @@ def test_set_model_by_hand_is_followed_and_survives_a_restart_until_the_setting_
         third = Served(app.settings, client)
         wait_for(lambda: third.serving("XGBoost", 2), what="the alias of the changed setting")
         assert third.loader.served.by is None
+
+
+def test_who_switched_is_kept(app):
+    def switch(alias):
+        before = app.loader.served.since
+        reply = app.client.post("/set_model", json={"alias": alias}, headers=app.key).json()
+        return reply["model_version"], reply["chosen_by"], datetime.fromisoformat(reply["since"]) > before
+    promotion.promote(app.settings, "XGBoost", 1, "staging", by="ann")
+    promotion.promote(app.settings, "XGBoost", 1, "calm", by="ann")
+    by = "api_key from testclient"
+    assert switch("staging") == (1, by, True)
+    assert switch("calm") == (1, by, True), "the same version, but another decision"
+    assert switch("calm") == (1, by, False)
+    promotion.promote(app.settings, "XGBoost", 2, "calm", by="bob")
+    wait_for(lambda: app.serving("XGBoost", 2))
+    promotion.withdraw(app.settings, "XGBoost", "staging", by="eve")
+    x = "adult-income.XGBoost version"
+    told = [(e.who, e.act, e.what) for e in reversed(audit.entries(app.settings))]
+    assert [t for t in told if t[1] != "promote"] == [
+        told[0], *[(by, "set_model", f"{x} 1 serves as {a}, before it {x} 1") for a in ("staging", "calm", "calm")],
+        ("the alias calm", "follow", f"{x} 2 serves as calm, before it {x} 1"),
+        ("eve", "withdraw", f"{x} 1 is staging no longer")]
+    assert [t for t in told if t[1] == "promote"] == [("ann", "promote", f"{x} 1 is staging"),
+        ("ann", "promote", f"{x} 1 is calm"), ("bob", "promote", f"{x} 2 is calm, which was version 1")]
 
 
 def test_newest_by_hand_is_pinned(app):
