@@ -15,17 +15,19 @@ from pathlib import Path
 import httpx
 import psutil
 import pytest
+from gateway_helpers import CHROMIUM
 from intake_helpers import LINES, fresh
 from intake_helpers import csv as as_csv
 from job_helpers import INI, new_project
 
+from income_mlops import promotion
+from income_mlops.canvas import percent
 from income_mlops.settings import load_settings
 
-CHROMIUM = Path("/usr/bin/chromium")
 OFFLINE = ["--no-sandbox", "--host-resolver-rules=MAP * ~NOTFOUND, EXCLUDE 127.0.0.1"]
 SLOW = 60_000
 
-pytestmark = pytest.mark.skipif(not CHROMIUM.exists(), reason="Chromium is not installed (apt-get install chromium)")
+pytestmark = pytest.mark.skipif(not CHROMIUM, reason="Chromium is not installed (apt-get install chromium)")
 
 
 def there(url: str) -> bool:
@@ -52,10 +54,10 @@ class Services:
         new_project(folder)
         text = INI.format(tracking_uri="", storage="", jobs="").replace("models = RandomForest",
                                                                         "models = XGBoost, RandomForest")
-        text = text.replace('missing = "?"', 'missing = "?"\ngroups = sex, age')
+        text = text.replace('missing = "?"', 'missing = "?"\ngroups = sex, race, age')
         self.ports = {"serving": free_port(), "dashboard": free_port()}
         self.api, self.page = (f"http://127.0.0.1:{self.ports[k]}" for k in ("serving", "dashboard"))
-        text += (f"\n[serving]\nport = {self.ports['serving']}\nfollow_every = 0.5\n"
+        text += (f"\n[serving]\nport = {self.ports['serving']}\nfollow_every = 0.5\nmax_upload_mb = 2\n"
                  f"[dashboard]\nport = {self.ports['dashboard']}\nbase_url = /frontend/\n")
         (folder / "settings.ini").write_text(f"backend_url = {self.api}/predict\n{text}")
         (folder / "nbs").symlink_to(Path(__file__).parent.parent / "nbs")
@@ -107,7 +109,7 @@ def services(tmp_path_factory):
 def browser():
     from playwright.sync_api import sync_playwright
     with sync_playwright() as p:
-        browser = p.chromium.launch(executable_path=str(CHROMIUM), args=OFFLINE)
+        browser = p.chromium.launch(executable_path=CHROMIUM, args=OFFLINE)
         yield browser
         browser.close()
 
@@ -244,8 +246,28 @@ def upload(page, file: Path, key: str) -> None:
     page.get_by_role("button", name="Upload", exact=True).click()
 
 
-@pytest.mark.parametrize("retrain", [False, pytest.param(True, marks=pytest.mark.full)])
-def test_upload_is_refused_in_words_or_done_by_a_job(services, browser, tmp_path, retrain):
+def test_a_file_too_large_to_be_sent_is_said_where_it_was_chosen(services, browser, tmp_path):
+    "The websocket would close, and nobody would say why."
+    file = tmp_path / "large.csv"
+    file.write_bytes(b"a\n" * 1_200_000)
+    with visit(browser, services) as page:
+        page.locator("[data-probability]").wait_for()
+        for name, button in (("Predict", "Choose a CSV file"), ("Data", "Choose a file")):
+            tab(page, name)
+            with page.expect_file_chooser() as chooser:
+                page.get_by_role("button", name=button).click()
+            chooser.value.set_files(file)
+            alert(page, "large.csv has 2.3 MB; at most 2 MB can be sent")
+        assert page.get_by_text("no file chosen").is_visible()
+
+
+def stored(page, text: str) -> str:
+    "The job of an upload."
+    alert(page, text)
+    return re.search(r"job (\w+)", page.locator(".notice:visible", has_text="rows stored").inner_text())[1]
+
+
+def test_upload_is_refused_in_words_or_ends_as_a_new_version(services, browser, tmp_path):
     file = tmp_path / "new.csv"
     file.write_bytes(as_csv(LINES[9000:9200]).replace(b",Male,", b",", 1))
     said = services.http.post("/upload_data", files={"file": (file.name, file.read_bytes())},
@@ -257,21 +279,37 @@ def test_upload_is_refused_in_words_or_done_by_a_job(services, browser, tmp_path
         alert(page, "This API key is wrong")
         upload(page, file, services.key)
         alert(page, said)  # the API's own words
-        file.write_bytes(fresh(11 + retrain, 400))
-        if not retrain:
-            page.get_by_role("checkbox").filter(visible=True).uncheck()
+        file.write_bytes(fresh(11, 400))
         upload(page, file, services.key)
-        alert(page, "400 rows stored")
-        job = re.search(r"job (\w+)", page.locator(".notice:visible", has_text="rows stored").inner_text())[1]
+        job = stored(page, "400 rows stored")
+        file.write_bytes(fresh(12, 300))
+        upload(page, file, services.key)
+        waiting = stored(page, "300 rows stored")
+
         tab(page, "Retraining")
+        second = page.locator(".job", has_text=waiting[:12])
+        second.get_by_role("button", name="Cancel").click()
+        second.get_by_text("cancelled", exact=True).wait_for()
+        assert services.http.get(f"/jobs/{waiting}").json()["state"] == "cancelled"
         card = page.locator(".job", has_text=job[:12])
-        card.wait_for()
         card.get_by_text("cell ").first.wait_for()
         card.get_by_role("button", name="Show the notebook").click()
-        frame = card.frame_locator("iframe")
-        frame.locator("h1").first.wait_for()
-        card.get_by_text("succeeded", exact=True).wait_for(timeout=240_000)
-        assert services.http.get(f"/jobs/{job}").json()["state"] == "succeeded"
+        card.frame_locator("iframe").locator("h1").first.wait_for()
+        shown = card.locator("iframe").get_attribute("srcdoc")
+        card.get_by_text("succeeded", exact=True).wait_for(timeout=400_000)
+        assert card.locator("iframe").get_attribute("srcdoc") == shown, "the reader keeps the place"
+        card.get_by_role("button", name="Show what has come since").click()
+        wait_for(lambda: card.locator("iframe").get_attribute("srcdoc") != shown, 30, "the whole notebook")
+        told = services.http.get(f"/jobs/{job}").json()
+        assert told["state"] == "succeeded"
+
+        tab(page, "Model")
+        made = [v for v in services.http.get("/models").json() if v["version"] == 2]
+        assert {v["family"] for v in made} == {"XGBoost", "RandomForest"}
+        for version in made:
+            page.get_by_role("rowheader", name=f"{version['family']} 2", exact=True).wait_for(timeout=30_000)
+            link = page.get_by_role("link", name=version["run_id"][:8])
+            assert link.first.get_attribute("href").endswith(f":5000/#/runs/{version['run_id']}")
         tab(page, "Data")
         found = services.http.get("/analysis").json()
         assert found["job"] == job
@@ -287,6 +325,8 @@ def test_switch_and_revert(services, browser):
         page.locator("[data-probability]").wait_for()
         tab(page, "Model")
         first = services.http.get("/model_info").json()
+        promotion.promote(services.settings, first["family"], first["model_version"], "production")  # newest as well
+        wait_for(lambda: "production" in services.http.get("/model_info").json()["aliases"], 30, "the promotion")
         other = "RandomForest" if first["family"] == "XGBoost" else "XGBoost"
         auc = f"{first['metrics']['holdout_roc_auc']:.4f}"
         page.get_by_role("cell", name=auc).first.wait_for()
@@ -304,8 +344,11 @@ def test_switch_and_revert(services, browser):
         page.get_by_role("button", name="Revert").click()
         page.locator(".status strong", has_text=first["family"]).wait_for()
         again = services.http.get("/model_info").json()
-        assert (again["family"], again["model_version"]) == (first["family"], first["model_version"])
+        assert [again[k] for k in ("family", "model_version", "alias")] == [
+            first["family"], first["model_version"], "production"]
 
+        brier = first["evaluation"]["current"]["brier"]
+        page.locator(f"svg[aria-label^='Calibration: Brier score {brier:.4f}']").wait_for()
         counts = page.locator("svg[aria-label*=' taken for ']")
         before = counts.get_attribute("aria-label")
         page.get_by_role("slider", name="Threshold of the decision").focus()
@@ -329,12 +372,24 @@ def test_rates_by_group_are_those_of_the_hold_out(services, browser):
     stored = next(g for g in stored if g["group"] == "Female")
     assert stored["rows"] == len(women) and abs(stored["selection_rate"]["value"] - given) < 1e-12
     assert abs(stored["tpr"]["value"] - sum(found) / sum(t for _, t in women)) < 1e-12
+    assert abs(stored["precision"]["value"] - sum(found) / sum(d for d, _ in women)) < 1e-12
     with visit(browser, services) as page:
         page.locator("[data-probability]").wait_for()
         tab(page, "Fairness")
         page.get_by_role("heading", name="age", exact=True).wait_for()
         said = page.locator("svg[aria-label^='Selection rate by sex']").get_attribute("aria-label")
         assert f"Female {100 * given:.1f} %" in said
+        columns = {c["column"]: c["groups"] for c in info["evaluation"]["fairness"]["columns"]}
+        assert list(columns) == ["sex", "race", "age"]
+        for name, groups in columns.items():
+            card = page.locator(".card", has=page.get_by_role("heading", name=name, exact=True))
+            card.get_by_text("The figures").click()
+            for g in groups:  # every rate with its interval, as it was stored
+                head = page.get_by_role("rowheader", name=g["group"], exact=True)
+                cells = card.get_by_role("row").filter(has=head).get_by_role("cell").all_inner_texts()
+                assert cells[-4:] == ["–" if (r := g[k])["value"] is None else
+                                      f"{percent(r['value'])} ({100 * r['low']:.1f} – {100 * r['high']:.1f})"
+                                      for k in ("selection_rate", "tpr", "fpr", "precision")]
         version = services.http.get(f"/models/{info['family']}/{info['model_version']}/evaluation").json()
         assert version["evaluation"] == info["evaluation"]
 
@@ -370,10 +425,15 @@ UNNAMED = """() =>
   && !e.innerText.trim() && !e.title).map(e => e.outerHTML.slice(0, 200))"""
 
 
+DEAF = """() => [...document.querySelectorAll('.dash .live > .widget-html-content')]
+.filter(e => e.getAttribute('role') !== 'status').map(e => e.outerHTML.slice(0, 200))"""
+
+
 @pytest.mark.parametrize("width,scheme", [(390, "dark"), (1280, "light")])
 def test_every_tab_fits_and_every_control_has_a_name(services, browser, width, scheme):
     with visit(browser, services, width, scheme) as page:
         page.locator("[data-probability]").wait_for()
+        assert page.get_by_role("button", name="Refresh").count() == 0, "the script's own button is nobody else's"
         page.get_by_role("tab", name="Predict").focus()
         for name in ("Predict", "Model", "Data", "Retraining", "Fairness"):
             if name != "Predict":
@@ -381,6 +441,7 @@ def test_every_tab_fits_and_every_control_has_a_name(services, browser, width, s
                 page.keyboard.press("Enter")
             page.get_by_role("tab", name=name, exact=True, selected=True).wait_for()
             page.locator(".tabs .card:visible, .tabs .notice:visible").first.wait_for()
+            assert page.evaluate(DEAF) == [], "a region that speaks stands there before it has something to say"
             assert page.evaluate(UNNAMED) == []
             assert page.evaluate("document.documentElement.scrollWidth") <= width, f"{name} is wider than the screen"
         colours = page.evaluate("[getComputedStyle(document.body).backgroundColor, "
@@ -404,6 +465,36 @@ def test_api_killed_and_back(services, browser):
         wait_for(lambda: page.locator(".notice:visible", has_text="does not answer").count() == 0, 30, "no old message")
         page.get_by_role("button", name="Start again").click()
         wait_for(lambda: abs(shown(page) - services.predict(form(page))) < 1e-9, 30, "the API's number again")
+
+
+def test_a_page_whose_kernel_died_says_so(services, browser):
+    "It would stand there with a green light, and nothing on it would work."
+    page = browser.new_page()
+    sockets = []
+    page.on("websocket", lambda s: sockets.append(s.url))
+    page.goto(services.page + "/frontend/", timeout=SLOW)
+    page.locator("[data-probability]").wait_for(timeout=SLOW)
+    assert page.locator("#lost").inner_text() == ""
+    kernel = re.search(r"/api/kernels/([\w-]+)/", sockets[-1])[1]
+    for p in psutil.Process(services.running["dashboard"].pid).children(recursive=True):
+        if f"kernel-{kernel}" in " ".join(p.cmdline()):
+            p.kill()
+    page.locator("#lost", has_text="The connection is lost").wait_for(timeout=30_000)
+    assert not page.locator(".status").is_visible()
+    assert page.get_by_role("link", name="Reload the page").is_visible()
+    page.close()
+
+
+@pytest.mark.full
+def test_a_page_whose_service_died_says_so(services, browser):
+    page = browser.new_page()
+    page.goto(services.page + "/frontend/", timeout=SLOW)
+    page.locator("[data-probability]").wait_for(timeout=SLOW)
+    services.kill("dashboard")
+    page.locator("#lost", has_text="The connection is lost").wait_for(timeout=30_000)
+    services.start("dashboard")
+    wait_for(lambda: there(f"{services.page}/frontend/voila/static/voila.js"), 90, "the dashboard")
+    page.close()
 
 
 @pytest.mark.full
