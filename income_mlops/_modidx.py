@@ -1227,6 +1227,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                        'income_mlops.registry.Version.score': ('registry.html#version.score', 'income_mlops/registry.py'),
                                        'income_mlops.registry._all': ('registry.html#_all', 'income_mlops/registry.py'),
                                        'income_mlops.registry._create': ('registry.html#_create', 'income_mlops/registry.py'),
+                                       'income_mlops.registry._drop': ('registry.html#_drop', 'income_mlops/registry.py'),
+                                       'income_mlops.registry._is_whole': ('registry.html#_is_whole', 'income_mlops/registry.py'),
                                        'income_mlops.registry._known': ('registry.html#_known', 'income_mlops/registry.py'),
                                        'income_mlops.registry._made_by': ('registry.html#_made_by', 'income_mlops/registry.py'),
                                        'income_mlops.registry._model_id': ('registry.html#_model_id', 'income_mlops/registry.py'),
