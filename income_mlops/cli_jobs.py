@@ -24,8 +24,8 @@ if TYPE_CHECKING:
 
 # %% ../nbs/49b_cli_jobs.ipynb #457315a1
 @click.command()
-@click.option("--with-parent", is_flag=True, hidden=True, help="End together with the process that started this one.")
-def worker(with_parent: bool) -> None:
+@click.option("--parent", type=int, hidden=True, help="A process that this one is not to outlive.")
+def worker(parent: int | None) -> None:
     """Do the jobs of the queue, one after another.
 
     `up` and `serve` start one. More may run beside it, also on other machines that share the state folder and
@@ -41,7 +41,7 @@ def worker(with_parent: bool) -> None:
                         ("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")):
         os.environ.setdefault(name, value)
     from income_mlops.worker import work
-    work(settings, with_parent)
+    work(settings, parent)
 
 # %% ../nbs/49b_cli_jobs.ipynb #fcd06f1f
 @contextmanager
@@ -51,7 +51,7 @@ def own_worker(
 ) -> Iterator[None]:
     "Inside the block a worker runs beside this process."
     from income_mlops.settings import FILE_VARIABLE
-    command = [sys.executable, "-m", "income_mlops.cli", "worker", "--with-parent"]
+    command = [sys.executable, "-m", "income_mlops.cli", "worker", "--parent", str(os.getpid())]
     over, children = threading.Event(), list[subprocess.Popen[bytes]]()
 
     def keep() -> None:

@@ -228,11 +228,14 @@ class Store(Records):
         "End the work at a job. False if it is not this worker's any more; then nothing has changed."
         with self.writing() as (c, now):
             mine = (_c.id == id) & (_c.state == "running") & (_c.worker == worker) & (_c.attempts == attempt)
+            back = state == "queued"
+            if back and c.execute(sa.select(_c.id).where(mine, _c.cancelled_by.is_not(None)).with_for_update()).first():
+                state = "cancelled"  # somebody has asked for that meanwhile
             ending: dict[str, Any] = {"ended": now} if state != "queued" else {"due": now + (pause or 0)}
             losses = _c.losses + int(pause is not None)
             if not _change(c, mine, state=state, worker=None, lease=None, losses=losses, **ending, **values):
                 return False
-            if state == "queued":
+            if back:
                 _log(c, id, now, "interrupted", worker, note)
-            _log(c, id, now, state, worker, "" if state == "queued" else note)
+            _log(c, id, now, state, worker, "" if back else note)
             return True

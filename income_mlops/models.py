@@ -104,7 +104,7 @@ class BaseModel:
         return ordinal_preprocessor() if self.encoded else onehot_preprocessor()
 
     def sampler(self, done: int) -> optuna.samplers.BaseSampler:
-        seed = self.settings.optimization.seed + done
+        seed = int(np.random.SeedSequence([self.settings.optimization.seed, done]).generate_state(1)[0])
         return optuna.samplers.TPESampler(seed=seed, multivariate=True, n_startup_trials=8)
 
     def pruner(self) -> optuna.pruners.BasePruner:
@@ -131,7 +131,7 @@ class BaseModel:
         timeout: float | None = None,  # seconds after which no further trial starts
         dataset: str = "",  # dataset version, part of the study's key
         job: str = "",  # the job that asks for it, if any
-        on_trial: Callable[[optuna.Study, optuna.trial.FrozenTrial], None] = lambda s, t: None,
+        on_trial: Callable[[list[optuna.trial.FrozenTrial]], None] = lambda trials: None,  # all up to the latest
     ) -> Tuned:
         "Search for the lowest cross-validated log loss. An interrupted study with the same key goes on."
         o = self.settings.optimization
@@ -140,12 +140,12 @@ class BaseModel:
                         growth=self.growth, folds=o.n_folds, seed=o.seed, n_trials=n_trials, timeout=timeout,
                         preparation=self.settings.preparation)
         storage = open_storage(o.storage, self.settings.state / "studies")
-        study = open_study(storage, f"{self.name}-{key}", self.sampler, self.pruner(), job)
+        study = open_study(storage, f"{self.name}-{key}", self.pruner(), job)
         with ThreadPoolExecutor(self.threads) as pool:
             def objective(trial: optuna.Trial) -> float:
                 params = self.space(trial)
                 return score(trial, [self.learner(params, f) for f in folds], self.growth, pool)
-            run_study(study, objective, n_trials, timeout, self.default, on_trial)
+            run_study(study, objective, self.sampler, n_trials, timeout, self.default, on_trial)
         best = study.best_trial
         # drawn again from the best trial: what `space` returns may hold more than what it suggests
         params = self.space(optuna.trial.FixedTrial(best.params))

@@ -57,13 +57,13 @@ def plot_studies(
     figure = Figure(figsize=(4.5 * len(studies), 3), layout="constrained")
     panels = figure.subplots(1, len(studies), squeeze=False).flat
     for axes, (name, study) in zip(panels, studies.items(), strict=True):
-        trials = [t for t in study.trials if t.value is not None]
-        pruned = [t for t in trials if t.state.name == "PRUNED"]
-        complete = [t for t in trials if t.state.name == "COMPLETE"]
-        axes.plot([t.number for t in pruned], [t.value for t in pruned], "x", color="#adb5bd", label="pruned")
-        axes.plot([t.number for t in complete], [t.value for t in complete], "o", color="#0b7285", label="complete")
-        axes.step([t.number for t in complete], np.minimum.accumulate([float(t.value or 0) for t in complete]),
-                  where="post", color="#1b2a41", label="best")
+        trials = list(enumerate(t for t in study.trials if t.value is not None))  # their numbers tell of interruptions
+        pruned = [(n, float(t.value or 0)) for n, t in trials if t.state.name == "PRUNED"]
+        complete = [(n, float(t.value or 0)) for n, t in trials if t.state.name == "COMPLETE"]
+        for found, mark, colour, label in ((pruned, "x", "#adb5bd", "pruned"), (complete, "o", "#0b7285", "complete")):
+            axes.plot([n for n, _ in found], [v for _, v in found], mark, color=colour, label=label)
+        axes.step([n for n, _ in complete], np.minimum.accumulate([v for _, v in complete]), where="post",
+                  color="#1b2a41", label="best")
         axes.set(title=name, xlabel="trial", ylabel="log loss")
         axes.legend(fontsize=7)
     return figure

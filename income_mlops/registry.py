@@ -172,10 +172,24 @@ def _known(client: Any, name: str, run_id: str) -> list[int]:
     return sorted(int(v.version) for v in found if v.name == name)
 
 
-def _made_by(client: Any, name: str, job: str | None, dataset: str) -> list[int]:
-    "Versions that an earlier attempt of this job registered."
+def _made_by(client: Any, name: str, job: str | None, dataset: str) -> dict[int, bool]:
+    "Versions that earlier attempts of this job registered, and whether their training went well to its end."
     found = _all(client.search_model_versions, f"name = '{name}'") if job else []
-    return sorted(int(v.version) for v in found if (v.tags.get("job"), v.tags.get("dataset")) == (job, dataset))
+    mine = [v for v in found if (v.tags.get("job"), v.tags.get("dataset")) == (job, dataset)]
+    return {int(v.version): _is_whole(client, v.run_id) for v in sorted(mine, key=lambda v: int(v.version))}
+
+
+def _is_whole(client: Any, run_id: str) -> bool:
+    run = client.get_run(run_id)
+    training = run.data.tags.get("mlflow.parentRunId")
+    return bool((client.get_run(training) if training else run).info.status == "FINISHED")
+
+
+def _drop(client: Any, name: str, number: int) -> None:
+    "Delete a version of a training that broke off, unless a person has given it an alias."
+    given = client.get_registered_model(name).aliases
+    if not any(int(n) == number for alias, n in given.items() if alias != NEWEST):
+        client.delete_model_version(name, str(number))
 
 
 def _model_id(client: Any, run_id: str, model_uri: str) -> str:
@@ -233,13 +247,18 @@ def register(
     tags: dict[str, str] | None = None,
 ) -> Version:
     """The version with alias `newest`: created if it is missing, found if it is not. Safe to repeat, with the same run
-    or by the same job in another run: a job makes one version of a family and dataset."""
+    or by the same job in another run: a job makes one version of a family and dataset, which takes the place of one
+    whose training broke off."""
     name = registered_name(settings, family)
     words = {**(tags or {}), "family": name.removeprefix(registered_name(settings, "")), "dataset": dataset}
     with asking(settings) as client:
-        known = _known(client, name, run_id) or _made_by(client, name, job, dataset)
-        number = known[0] if known else _create(client, name, run_id, model_uri, words | ({"job": job} if job else {}))
+        known, earlier = _known(client, name, run_id), _made_by(client, name, job, dataset)
+        whole = known or [n for n, is_whole in earlier.items() if is_whole]
+        number = whole[0] if whole else _create(client, name, run_id, model_uri, words | ({"job": job} if job else {}))
         _set_newest(client, name, number)
+        for n, is_whole in earlier.items():
+            if n < number and not is_whole:
+                _drop(client, name, n)
         return next(v for v in versions_of(client, settings, {name: aliases(settings)[name]}) if v.version == number)
 
 # %% ../nbs/30_registry.ipynb #51c80263

@@ -126,7 +126,7 @@ class Retraining(Steps):
         run = partial(pipelines.train, self.settings, names, p.get("trials") or trials, p.get("timeout"), p.get("seed"),
                       dataset)
         found = self.step("train", partial(self.execute, "train", run))
-        made = [v for v in registry.versions(self.settings) if v.tags.get("job") == self.job.id]
+        made = [v for v in registry.versions(self.settings) if v.training == found["run_id"]]
         models = [{"family": v.family, "version": v.version} for v in sorted(made, key=lambda v: v.family)]
         text = ", ".join(f"{m['family']} version {m['version']}" for m in models)
         return self.conclude(f"trained {text}", models=models, comparison=found["verdict"],

@@ -104,6 +104,8 @@ def _first_model(settings: Settings, api: Service, supervisor: Supervisor, say: 
         elif job and job.state != "succeeded":
             return f"none: the training {job.state}: {job.error}; `income-mlops jobs {job.id}` says more"
         elif time.monotonic() > until:
+            if job is None:
+                return f"the API serves none; {api.url}/health or {supervisor.logs}/worker.log says why"
             return f"{_outcome(job)}, but the API serves none; {api.url}/health says why"
         time.sleep(0.2)
     return _outcome(job) if job else f"there is one: {_served(settings, api)}"
@@ -132,11 +134,13 @@ def up(
     names = [s.name for s in listed]
     api = listed[names.index("the API")]
     tracking, pages = listed[:names.index(api.name)], listed[names.index(api.name) + 1:]
-    with Supervisor(settings.state / "logs", _environment(settings, listed)) as supervisor, signals(supervisor):
+    supervisor = Supervisor(settings.state / "logs", _environment(settings, listed))
+    supervisor.say = lambda text: say(f"\n  {text}\n")
+    with signals(supervisor), supervisor:  # a second Ctrl-C does not break the stopping
         try:
             for service in tracking:
                 _start(service, supervisor, say)
-            supervisor.start("worker", (sys.executable, "-m", "income_mlops.cli", "worker"))
+            supervisor.start("worker", (sys.executable, "-m", "income_mlops.cli", "worker"), revived=True)
             for service in (api, *pages):
                 _start(service, supervisor, say)
             with _phase("a first model", say) as words:
@@ -147,4 +151,5 @@ def up(
                 time.sleep(0.2)
         except Stopped:
             say(f"Stopping ({supervisor.stopping}) …\n")
-    say("Stopped.\n")
+    killed = ", ".join(supervisor.killed)
+    say(f"Stopped; did not end when asked, and was killed: {killed}.\n" if killed else "Stopped.\n")

@@ -150,19 +150,19 @@ def tune(
     import mlflow
     o = trainer.settings.optimization
 
-    def report(study: Any, trial: Any) -> None:
-        complete = [t.value for t in study.get_trials(deepcopy=False) if t.state.name == "COMPLETE"]
+    def report(trials: list[Any]) -> None:
+        trial, complete = trials[-1], [t.value for t in trials if t.state.name == "COMPLETE"]
         state, best = trial.state.name.lower(), min(complete, default=None)
-        print(f"{candidate.name} trial {trial.number + 1}/{o.n_trials}: "
+        print(f"{candidate.name} trial {len(trials)}/{o.n_trials}: "
               + (f"{trial.value:.5f}" if trial.value is not None else "-")
               + (f" ({state})" if state != "complete" else "") + (f", best {best:.5f}" if best is not None else ""),
               flush=True)
         if trial.value is not None:
-            mlflow.log_metric("trial_log_loss", trial.value, step=trial.number)
+            mlflow.log_metric("trial_log_loss", trial.value, step=len(trials) - 1)
 
     with trainer.nested(candidate):
         tuned = candidate.model.optimize(trainer.X, trainer.y, n_trials=o.n_trials, timeout=o.timeout,
-                                         dataset=trainer.dataset.id, on_trial=report)
+                                         dataset=trainer.dataset.id, job=trainer.job, on_trial=report)
         mlflow.log_params({**tuned.params, "rounds": tuned.rounds, "n_trials": o.n_trials, "n_folds": o.n_folds,
                            "seed": o.seed, "dataset": trainer.dataset.id})
         mlflow.log_metric("cv_log_loss", tuned.log_loss)

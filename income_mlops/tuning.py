@@ -9,6 +9,7 @@ __all__ = ['Array', 'Fold', 'column_kinds', 'make_folds', 'Learner', 'Growth', '
 # %% ../nbs/23_tuning.ipynb #0d318100
 import hashlib
 import json
+import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -125,43 +126,48 @@ def open_storage(
 def open_study(
     storage: optuna.storages.BaseStorage,
     key: str,
-    sampler: Callable[[int], optuna.samplers.BaseSampler],  # makes a sampler from the number of trials done
     pruner: optuna.pruners.BasePruner,
     job: str = "",  # who asks; a job that starts again takes up its own study even if that is finished
 ) -> optuna.Study:
-    "The unfinished study of this key, or a new one. Trials that a dead process left running are failed."
-    names = [n for n in optuna.get_all_study_names(storage) if n.rpartition("-")[0] == key]
-    name = max(names, key=lambda n: int(n.rpartition("-")[2]), default=f"{key}-0")
-    known = optuna.load_study(study_name=name, storage=storage).user_attrs if name in names else {}
-    if known.get("finished") and not (job and known.get("job") == job):
-        name = f"{key}-{int(name.rpartition('-')[2]) + 1}"
-    study = optuna.create_study(storage=storage, study_name=name, pruner=pruner, load_if_exists=True)
-    for trial in study.get_trials(deepcopy=False, states=[optuna.trial.TrialState.RUNNING]):
-        study.tell(trial.number, state=optuna.trial.TrialState.FAIL)
+    "The study of this key that the same one has begun, or a new one. What a dead process left running is failed."
+    names = {int(n.rpartition("-")[2]): n for n in optuna.get_all_study_names(storage) if n.rpartition("-")[0] == key}
+    for name in (names[number] for number in sorted(names, reverse=True)):
+        known = optuna.load_study(study_name=name, storage=storage, pruner=pruner)
+        if known.user_attrs.get("job") == job and (job or not known.user_attrs.get("finished")):
+            for trial in known.get_trials(deepcopy=False, states=[optuna.trial.TrialState.RUNNING]):
+                known.tell(trial.number, state=optuna.trial.TrialState.FAIL)
+            return known
+    name = f"{key}-{max(names, default=-1) + 1}"
+    study = optuna.create_study(storage=storage, study_name=name, pruner=pruner)
     study.set_user_attr("job", job)
-    # the same seed again would repeat the early trials
-    study.sampler = sampler(len(study.trials))
     return study
 
 # %% ../nbs/23_tuning.ipynb #2be620ae
-def done(study: optuna.Study) -> int:
-    "Trials that count against the budget."
+def done(study: optuna.Study) -> list[optuna.trial.FrozenTrial]:
+    "Trials that count against the budget, in their order."
     states = optuna.trial.TrialState
-    return len(study.get_trials(deepcopy=False, states=[states.COMPLETE, states.PRUNED]))
+    trials: list[optuna.trial.FrozenTrial] = study.get_trials(deepcopy=False, states=[states.COMPLETE, states.PRUNED])
+    return trials
 
 
 def run_study(
     study: optuna.Study,
     objective: Callable[[optuna.Trial], float],
+    sampler: Callable[[int], optuna.samplers.BaseSampler],  # makes a sampler from the number of trials done
     n_trials: int,  # budget, with the trials already done
     timeout: float | None,  # seconds after which no further trial starts
     default: dict[str, Any],  # parameters of the very first trial
-    on_trial: Callable[[optuna.Study, optuna.trial.FrozenTrial], None],
+    on_trial: Callable[[list[optuna.trial.FrozenTrial]], None],  # told of each trial: all up to it, in order
 ) -> None:
     "Bring the study to its budget. A timed-out study keeps what it has if at least one trial is complete."
-    if default and not study.trials:
+    began, trials = time.monotonic(), done(study)
+    for n in range(len(trials)):  # of a study that is taken up again
+        on_trial(trials[:n + 1])
+    if default and not trials and not study.get_trials(deepcopy=False, states=[optuna.trial.TrialState.WAITING]):
         study.enqueue_trial(default)
-    missing = n_trials - done(study)
-    if missing > 0:
-        study.optimize(objective, n_trials=missing, timeout=timeout, callbacks=[on_trial])
+    while (n := len(trials)) < n_trials and (timeout is None or time.monotonic() - began < timeout):
+        study.sampler = sampler(n)  # so that a trial does not depend on which process made those before it
+        study.optimize(objective, n_trials=1)
+        trials = done(study)
+        on_trial(trials)
     study.set_user_attr("finished", True)

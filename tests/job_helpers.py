@@ -1,5 +1,6 @@
 """A small project with real rows, uploads, workers in processes of their own, and a real PostgreSQL."""
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -11,7 +12,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from income_mlops import registry, uploads
+from income_mlops import diffs, registry, uploads
 from income_mlops.data import read_table
 from income_mlops.jobs import Job, Queue
 from income_mlops.settings import Settings, load_settings
@@ -20,7 +21,7 @@ from income_mlops.tracking import connect, experiment_id
 DATA = Path(__file__).parent.parent / "data"
 POSTGRES = Path("/usr/lib/postgresql/15/bin")
 INI = """
-models = RandomForest
+models = {models}
 [dataset]
 origin_path = train.csv
 holdout_path = test.csv
@@ -30,12 +31,14 @@ positive = ">50K"
 ignored = fnlwgt
 missing = "?"
 [optimization]
-n_trials = 1
-initial_n_trials = 1
+n_trials = {trials}
+initial_n_trials = {trials}
 n_folds = 2
 [mlflow]
 tracking_uri = "{tracking_uri}"
 experiment_name = adult-income
+[paths]
+state = {state}
 [runs]
 heartbeat = 1
 end_timeout = 10
@@ -50,14 +53,16 @@ def rows():
     return read_table(DATA / "adult.train.csv", ("?",))
 
 
-def new_project(folder: Path, tracking_uri: str = "", storage: str = "", **jobs: object) -> Settings:
+def new_project(folder: Path, tracking_uri: str = "", storage: str = "", models: str = "RandomForest", trials: int = 1,
+                state: Path | str = "var", **jobs: object) -> Settings:
     "A project with the first 1,500 rows to train on."
     folder.mkdir(parents=True, exist_ok=True)
     rows().head(1500).write_csv(folder / "train.csv")
     read_table(DATA / "adult.test.csv", ("?",)).head(500).write_csv(folder / "test.csv")
     jobs = {"lease": 10, "backoff": 1, "attempts": 1000, "scheduling": "normal", **jobs}
     lines = "\n".join(f"{k} = {v}" for k, v in jobs.items())
-    (folder / "settings.ini").write_text(INI.format(tracking_uri=tracking_uri, storage=storage, jobs=lines))
+    (folder / "settings.ini").write_text(INI.format(tracking_uri=tracking_uri, storage=storage, jobs=lines,
+                                                            models=models, trials=trials, state=state))
     return load_settings(folder / "settings.ini")
 
 
@@ -128,11 +133,15 @@ def all_runs(settings: Settings):
 
 
 def assert_clean(settings: Settings) -> None:
-    "No kernel, no running run, one model version per family and dataset, everything ended once."
+    """No kernel, no running run, one model version per family and dataset, everything ended once; versions that were
+    made together are of one training, which went well to its end."""
     wait_for(lambda: not kernels(settings), 10, "kernels end")
     assert [r.info.run_id for r in all_runs(settings) if r.info.status == "RUNNING"] == []
-    made = Counter((v.family, v.dataset) for v in registry.versions(settings))
+    versions, status = registry.versions(settings), {r.info.run_id: r.info.status for r in all_runs(settings)}
+    made = Counter((v.family, v.dataset) for v in versions)
     assert set(made.values()) <= {1}, made
+    assert {status[v.training] for v in versions} <= {"FINISHED"}
+    assert len({(v.dataset, v.training) for v in versions}) == len({v.dataset for v in versions}), "siblings"
     for job in Queue(settings).list(limit=1000):
         ends = [c.state for c in job.log if c.state in ("succeeded", "failed", "cancelled")]
         assert ends == [job.state] and job.is_over, job
@@ -148,6 +157,33 @@ def wait_until_over(settings: Settings, jobs: list[Job], seconds: float) -> list
     wait_for(lambda: all(queue.get(j.id).is_over for j in jobs), seconds,
              f"jobs end; log: {(settings.root / 'worker.log').read_text()[-3000:]}")
     return [queue.get(j.id) for j in jobs]
+
+
+@contextmanager
+def small_disk(folder: Path, megabytes: int):
+    "A file system of this size, or nothing where none may be mounted."
+    folder.mkdir()
+    sudo = [] if os.geteuid() == 0 else ["sudo", "-n"]
+    words = [*sudo, "mount", "-t", "tmpfs", "-o", f"size={megabytes}m,uid={os.geteuid()}", "tmpfs", folder]
+    if subprocess.run(words, check=False, capture_output=True).returncode:
+        yield None
+        return
+    try:
+        yield folder
+    finally:
+        subprocess.run([*sudo, "umount", "-l", folder], check=True)
+
+
+@contextmanager
+def full(disk: Path):
+    "Meanwhile there is no room left."
+    stat = os.statvfs(disk)
+    with (disk / "filler").open("wb") as file:
+        os.posix_fallocate(file.fileno(), 0, max(1, stat.f_bavail * stat.f_frsize))
+    try:
+        yield
+    finally:
+        (disk / "filler").unlink()
 
 
 @contextmanager
@@ -177,3 +213,18 @@ def postgres(folder: Path):
     finally:
         server.send_signal(signal.SIGINT)  # fast shutdown
         server.wait(30)
+
+
+def assert_no_noise(settings, jobs):
+    "What differs between two retrainings is their data and what came of it; nothing tells who asked, where and when."
+    trainings = [j.result["steps"]["train"]["run_id"] for j in jobs]
+    found = diffs.diff_runs(settings, *trainings)
+    assert {"version", "training digest"} <= {v.name for v in found.data} and found.metrics
+    assert not found.settings and not found.environment
+    assert not {v.name for v in found.parameters} & {"job", "dataset"}
+    assert {c.heading for c in found.cells} <= {"Data", "Study", "Evaluation", "Fairness", "Verdict"}
+    assert not any(c.source for c in found.cells)
+    text = diffs.as_text(found).split("\n", 2)[2]  # the two runs are named once, at the top
+    for job, run_id in zip(jobs, trainings, strict=True):
+        assert not [w for w in (job.id, job.upload, run_id, job.by, str(settings.root)) if w in text]
+    assert not re.search(r"\d\d:\d\d|/tmp|0x[0-9a-f]{6}|seconds|papermill", text)

@@ -25,8 +25,9 @@ from intake_helpers import (
     remains,
     wait_until,
 )
-from job_helpers import assert_clean, new_project, wait_until_over, workers
+from job_helpers import assert_clean, assert_no_noise, new_project, postgres, wait_until_over, workers
 from job_helpers import rows as all_rows
+from job_helpers import small_disk as file_system
 
 from income_mlops import datasets, registry, uploads
 from income_mlops.data import DataError, conform
@@ -197,8 +198,12 @@ def test_killed_at_random_moments_beside_a_worker(tmp_path):
 @pytest.mark.full
 @pytest.mark.timeout(3000)
 def test_two_workers_and_ten_simultaneous_uploads(tmp_path):
-    """No loss, no double training, order kept; what one analysis rejects is in nobody's data."""
-    settings = new_project(tmp_path)
+    """On PostgreSQL: no loss, no double training, order kept; what one analysis rejects is in nobody's data."""
+    with postgres(tmp_path / "server") as url:
+        ten_uploads(new_project(tmp_path / "project", storage=url))
+
+
+def ten_uploads(settings):
     queue, table, bad = Queue(settings), all_rows(), 4
     parts = [table.slice(2000 + 150 * n, 150) for n in range(10)]
     parts[bad] = parts[bad].with_columns(pl.col("age") * 100, pl.col("hours-per-week") * 1000,
@@ -245,6 +250,8 @@ def test_two_workers_and_ten_simultaneous_uploads(tmp_path):
         assert conform(part, last.schema).select(features).join(both, on=features, how="anti",
                                                                 nulls_equal=True).is_empty(), "every row is there"
     assert_clean(settings)
+    assert_no_noise(settings, [j for j in good if j.result["models"]][:2])
+    queue.store.engine.dispose()
 
 
 @pytest.mark.full
@@ -266,15 +273,8 @@ def test_helpers_end_with_their_service(tmp_path):
 @pytest.fixture
 def small_disk(tmp_path):
     """A file system of 8 MB, or nothing where none may be mounted."""
-    folder = tmp_path / "disk"
-    folder.mkdir()
-    sudo = [] if os.geteuid() == 0 else ["sudo", "-n"]
-    options = f"size=8m,uid={os.geteuid()}"
-    mounted = not subprocess.run([*sudo, "mount", "-t", "tmpfs", "-o", options, "tmpfs", folder], check=False,
-                                 capture_output=True).returncode
-    yield folder if mounted else None
-    if mounted:
-        subprocess.run([*sudo, "umount", "-l", folder], check=True)
+    with file_system(tmp_path / "disk", 8) as disk:
+        yield disk
 
 
 def fill(folder, free):

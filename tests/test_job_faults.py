@@ -1,17 +1,24 @@
 """Faults in the middle of jobs, with real workers, kernels, trainings and stores."""
 import os
 import random
+import re
 import signal
 import time
+from collections import Counter
 
+import polars as pl
+import psutil
 import pytest
+from intake_helpers import check_queue
 from job_helpers import (
     Worker,
     all_runs,
     assert_clean,
+    full,
     kernels,
     new_project,
     rows,
+    small_disk,
     upload,
     wait_for,
     wait_until_over,
@@ -19,8 +26,10 @@ from job_helpers import (
 )
 from serving_helpers import MlflowServer
 
-from income_mlops import registry
+from income_mlops import datasets, registry
+from income_mlops.data import digest
 from income_mlops.jobs import Queue
+from income_mlops.replays import replay
 
 KILLS = int(os.environ.get("JOB_KILLS", "20"))  # more, for a night
 pytestmark = [pytest.mark.full, pytest.mark.timeout(1800 + 60 * KILLS)]
@@ -39,10 +48,11 @@ def wait_for_a_point(queue, worker, seed):
 
 
 def test_workers_killed_at_random_points(tmp_path):
-    "Two workers; the one that has a job is killed, again and again. Uploads follow one another until it is enough."
+    """Two workers, two families; the worker that has a job is killed, again and again. Uploads follow one another until
+    it is enough. A run that was made up of several attempts is replayed: no number differs."""
     seed = random.Random(int(os.environ.get("JOB_SEED", "1")))
-    settings = new_project(tmp_path / "project")
-    queue, table, jobs, killed = Queue(settings), rows(), [], []
+    settings = new_project(tmp_path / "project", models="XGBoost, RandomForest", trials=2)
+    queue, table, jobs, killed, hit = Queue(settings), rows(), [], [], {}
     with workers(settings, 2) as running:
         while len(killed) < KILLS or not all(queue.get(j.id).is_over for j in jobs):
             open_jobs = [j for j in queue.list(limit=1000) if not j.is_over]
@@ -57,6 +67,8 @@ def test_workers_killed_at_random_points(tmp_path):
                 continue
             busy.stop(signal.SIGKILL)
             killed.append(f"{at.step} {at.cell}")
+            if at.step == "train":
+                hit[at.id] = hit.get(at.id, False) or at.heading == "Study"
             running.remove(busy)
             running.append(Worker(settings))
         done = wait_until_over(settings, queue.list(limit=1000), 600)
@@ -72,7 +84,12 @@ def test_workers_killed_at_random_points(tmp_path):
     ends = [j.ended for j in trained]
     assert ends == sorted(ends)
     assert {v.dataset for v in registry.versions(settings)} >= {j.result["dataset"] for j in trained}
-    assert not [p for p in (settings.state / "datasets").rglob(".new-*") if time.time() - p.stat().st_mtime > 3600]
+    made = Counter(v.family for v in registry.versions(settings))
+    assert made == dict.fromkeys(("XGBoost", "RandomForest"), len({j.result["dataset"] for j in done})), made
+    assert not [p for p in (settings.state / "datasets").rglob("*") if p.name.startswith((".new-", ".current-"))]
+    interrupted = queue.get(max(hit, key=lambda id: hit[id]))
+    again = replay(settings, interrupted.result["steps"]["train"]["run_id"], progress=False)
+    assert again.same and again.metrics > 50, again
 
 
 def test_mlflow_away_in_mid_job(tmp_path, free_port):
@@ -102,6 +119,41 @@ def test_mlflow_away_in_mid_job(tmp_path, free_port):
         server.stop()
 
 
+def test_a_full_disk_in_mid_job_is_said_and_nothing_is_corrupt(tmp_path):
+    "In an analysis, then in a training: the worker lives, says why, and goes on when there is room again."
+    with small_disk(tmp_path / "disk", 100) as disk:
+        if disk is None and os.environ.get("CI") != "true":
+            pytest.skip("no file system may be mounted here")
+        if disk is None:
+            return
+        settings = new_project(tmp_path / "project", state=disk / "state", lease=5)
+        queue, log = Queue(settings), settings.root / "worker.log"
+        with workers(settings) as running:
+            first = wait_for(queue.list, 180, "the first training is asked for")[0]
+            first, = wait_until_over(settings, [first], 400)
+            assert first.state == "succeeded", first
+            for n, (step, cell) in enumerate((("analyze against current", 2), ("train", 8))):
+                said = len(log.read_text())
+                job = queue.add("retrain", "me", upload=upload(settings, rows().slice(2000 + 200 * n, 200), f"{n}.csv"))
+                wait_for(lambda job=job, step=step, cell=cell: (at := queue.get(job.id)).step == step
+                         and at.cell >= cell, 300, step)
+                with full(disk):
+                    wait_for(lambda said=said: re.search("disk is full|No space left", log.read_text()[said:]), 120)
+                    time.sleep(8)
+                    assert running[0].process.poll() is None
+                    check_queue(settings)
+                done, = wait_until_over(settings, [job], 400)
+                assert done.state == "succeeded" and done.result["models"], done
+                assert done.losses and {c.state for c in done.log} >= {"interrupted", "succeeded"}, done.log
+            assert running[0].stop() < 15 and running[0].process.returncode == 0
+        assert_clean(settings)
+        check_queue(settings)
+        for version in datasets.versions(settings):
+            found = version.manifest.train_digest, version.manifest.holdout_digest
+            assert found == (digest(version.train), digest(version.holdout))
+        queue.store.engine.dispose()
+
+
 def test_time_limit(tmp_path):
     settings = new_project(tmp_path / "project", timeout=8)
     with workers(settings):
@@ -129,7 +181,7 @@ def test_a_worker_that_slept_through_its_lease_does_no_harm(tmp_path):
 
 
 def test_no_retraining_of_what_is_wrong_or_was_there(tmp_path):
-    "An upload that was deleted fails at once; rows that were there already train nothing."
+    "An upload that was deleted fails at once; rows that were there already train nothing; who insists gets bad ones."
     settings = new_project(tmp_path / "project")
     queue = Queue(settings)
     with workers(settings):
@@ -137,6 +189,31 @@ def test_no_retraining_of_what_is_wrong_or_was_there(tmp_path):
         gone = queue.add("retrain", "me", upload="0" * 32)
         same = queue.add("retrain", "me", upload=upload(settings, rows().head(300), "same.csv"))
         done = wait_until_over(settings, [first, gone, same], 400)
+    table = rows().slice(2000, 150).with_columns(pl.col("age") * 100, pl.lit(">50K").alias("income"))
+    bad = queue.add("retrain", "me", upload=upload(settings, table, "bad.csv"))
+    with workers(settings, DYNACONF_RETRAINING__ON_ERROR="continue"):
+        forced, = wait_until_over(settings, [bad], 400)
+    assert forced.state == "succeeded" and forced.result["verdict"] == "do not retrain", forced
+    assert forced.result["models"] == [{"family": "RandomForest", "version": 2}] and len(forced.result["steps"]) == 4
     assert done[1].state == "failed" and done[1].attempts == 1 and "does not exist" in done[1].error
     assert done[2].state == "succeeded", done[2].error
-    assert not done[2].result["models"] and len(registry.versions(settings)) == 1
+    assert not done[2].result["models"] and len(registry.versions(settings)) == 2, "the first one and the forced one"
+
+
+def test_a_job_gives_way_and_ends_when_it_is_cancelled(tmp_path):
+    "Every thread of its kernel is of the idle class, and it is told how many threads it may use."
+    settings = new_project(tmp_path / "project", scheduling="idle", threads=1)
+    queue = Queue(settings)
+    job = queue.add("train", "me")
+    with workers(settings):
+        first = wait_for(lambda: [j for j in queue.list() if j.parameters.get("first")], 180, "the worker starts")[0]
+        queue.cancel(first.id, "me")  # that would be in a hurry
+        wait_for(lambda: queue.get(job.id).cell > 3, 300, "its kernel works")
+        for pid in kernels(settings):
+            tasks = [int(t) for t in os.listdir(f"/proc/{pid}/task")]
+            assert {os.sched_getscheduler(t) for t in tasks} == {os.SCHED_IDLE}
+            assert psutil.Process(pid).environ()["DYNACONF_OPTIMIZATION__THREADS"] == "1"
+        queue.cancel(job.id, "me")
+        done, = wait_until_over(settings, [job], 60)
+        assert done.state == "cancelled" and not kernels(settings)
+    assert_clean(settings)

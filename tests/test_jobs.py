@@ -11,6 +11,7 @@ from contextlib import suppress
 from itertools import pairwise
 from pathlib import Path
 
+import psutil
 import pytest
 from job_helpers import (
     Worker,
@@ -27,7 +28,7 @@ from job_helpers import (
 )
 
 from income_mlops import datasets, registry
-from income_mlops.jobs import Queue
+from income_mlops.jobs import Queue, WorkerQueue, worker_name
 
 # A worker of which the work is a nap, so that many jobs pass in a second.
 NAPS = """
@@ -103,6 +104,101 @@ def test_everybody_asks_for_the_first_training_and_one_is_queued(queue):
     asking = [subprocess.Popen(words, stdout=subprocess.PIPE, text=True) for _ in range(4)]
     assert sorted(p.communicate()[0].strip() for p in asking) == ["False", "False", "False", "True"]
     queue.cancel(queue.list("queued")[0].id, "me")
+
+
+def test_a_job_that_is_cancelled_meanwhile_is_not_put_back(queue):
+    "By a worker that could not hear of it, because it was about to stop or MLflow was away."
+    mine = WorkerQueue(queue.settings, worker_name())
+    for put_back in mine.release, mine.retry:
+        queue.add("analyze", "me", upload="0" * 32)
+        job = mine.claim()
+        queue.cancel(job.id, "me")
+        assert put_back(job, "it is to end")
+        over = queue.get(job.id)
+        assert over.state == "cancelled" and over.ended and over.cancelled_by == "me" and mine.claim() is None
+        assert [c.state for c in over.log][-2:] == ["interrupted", "cancelled"]
+    mine.store.engine.dispose()
+
+
+REFUSE = """CREATE TRIGGER refuse BEFORE UPDATE OF state ON jobs WHEN old.state = 'running'
+            BEGIN SELECT RAISE(ABORT, 'the queue is closed'); END"""
+
+
+def test_a_queue_that_cannot_be_written_at_the_end_of_a_job_costs_no_worker(tmp_path):
+    "The end is told again, and counts once; when the lease is over first, the job is taken again, by the same worker."
+    settings = new_project(tmp_path, lease=3)
+    queue = Queue(settings)
+    job = queue.add("retrain", "me", upload="0" * 32)  # fails at once: there is no such upload
+
+    def execute(statement: str) -> None:
+        with sqlite3.connect(queue.file, timeout=30) as c:
+            c.execute(statement)
+
+    def log() -> str:
+        return (settings.root / "worker.log").read_text()
+    execute(REFUSE)
+    with workers(settings) as running:
+        first = wait_for(lambda: [j for j in queue.list() if j.parameters.get("first")], 180, "the worker starts")[0]
+        queue.cancel(first.id, "me")
+        wait_for(lambda: log().count("its end could not be told, again") > 1, 120, "it is told again")
+        assert queue.get(job.id).state == "running"
+        execute("DROP TRIGGER refuse")
+        done, = wait_until_over(settings, [job], 120)
+        assert done.state == "failed" and "does not exist" in done.error and done.attempts == 1
+        assert [c.state for c in done.log] == ["queued", "running", "failed"]
+
+        execute(REFUSE)
+        late = queue.add("retrain", "me", upload="1" * 32)
+        wait_for(lambda: "it will be taken again" in log(), 120, "the lease is over")
+        execute("DROP TRIGGER refuse")
+        done, = wait_until_over(settings, [late], 120)
+        assert done.state == "failed" and "does not exist" in done.error and done.attempts == 2
+        assert [c.state for c in done.log] == ["queued", "running", "interrupted", "queued", "running", "failed"]
+        assert running[0].stop() < 15 and running[0].process.returncode == 0
+
+
+def test_a_worker_whose_service_is_gone_before_it_has_started_ends(tmp_path):
+    settings = new_project(tmp_path)
+    code = ("import os, subprocess, sys; print(subprocess.Popen([sys.executable, '-m', 'income_mlops.cli', 'worker', "
+            "'--parent', str(os.getpid())], stdout=open('worker.log', 'w'), stderr=subprocess.STDOUT).pid)")
+    pid = int(subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, check=True).stdout)
+    try:
+        wait_for(lambda: not psutil.pid_exists(pid), 180, "the worker ends")
+    finally:
+        with suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+    assert "worker stopped by the end of the service it belongs to" in (tmp_path / "worker.log").read_text()
+    assert not Queue(settings).list(), "it has done nothing"
+
+
+HALF = """
+import sys, time
+from income_mlops import datasets
+from income_mlops.settings import load_settings
+with datasets._aside(datasets._store(load_settings(sys.argv[1]))) as folder:
+    (folder / "train.parquet").write_text("half")
+    print(folder.parent.name, flush=True)
+    time.sleep(600)
+"""
+
+
+def test_a_half_written_version_is_cleared_as_soon_as_its_writer_is_gone(tmp_path):
+    settings = new_project(tmp_path)
+    writers = [subprocess.Popen([sys.executable, "-c", HALF, str(settings.file)], stdout=subprocess.PIPE, text=True)
+               for _ in range(2)]
+    dead, alive = (w.stdout.readline().strip() for w in writers)
+    try:
+        writers[0].kill()
+        writers[0].wait()
+        with workers(settings):
+            job = wait_for(Queue(settings).list, 180, "the worker has cleared up and asks for the first training")[0]
+            Queue(settings).cancel(job.id, "me")
+            left = {p.name for p in (settings.state / "datasets" / "adult-income").glob(".new-*")}
+            assert alive in left and dead not in left
+    finally:
+        for w in writers:
+            w.kill()
+            w.communicate()
 
 
 def test_the_file_is_synced_at_each_commit(tmp_path):

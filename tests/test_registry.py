@@ -94,6 +94,29 @@ def test_two_at_the_same_moment_make_one_version(settings, form):
     assert left[0].tags == {"k": "v", "family": "RandomForest", "dataset": "d1", "job": "j"}
 
 
+def test_a_job_repeated_after_its_training_broke_off_leaves_versions_of_one_training(settings):
+    """Killed between the registrations of two families, or before the notebook was kept: the siblings stay together."""
+    c = client(settings)
+    runs = {(v.family, v.training): v for v in registry.versions(settings)}
+    broken = next(v.training for (family, _), v in runs.items() if family == "RandomForest")
+    for v in runs.values():
+        c.delete_model_version(v.name, str(v.version))
+    c.set_terminated(broken, "FAILED")
+    old = {family: v for (family, training), v in runs.items() if training == broken}
+
+    def attempt(family, run_id):
+        return registry.register(settings, run_id, f"runs:/{run_id}/model", family, "d1", job="j")
+    first = attempt("XGBoost", old["XGBoost"].run_id)  # killed before the forest's
+    again = next(v for (_, training), v in runs.items() if training != broken)
+    second = attempt("XGBoost", again.run_id)
+    third = registry.register(settings, old["RandomForest"].run_id, f"runs:/{old['RandomForest'].run_id}/model",
+                              "RandomForest", "d1", job="another")
+    assert second.version > first.version and second.training == again.training
+    assert [v.version for v in registry.versions(settings) if v.family == "XGBoost"] == [second.version]
+    assert attempt("XGBoost", again.run_id) == second, "safe to repeat"
+    assert third in registry.versions(settings), "what another job has made stays"
+
+
 def test_a_run_without_a_model_cannot_be_registered(settings):
     v = by_name(settings)["XGBoost", 1]
     with pytest.raises(Unknown, match="no model 'other'"):

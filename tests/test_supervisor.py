@@ -109,17 +109,20 @@ from income_mlops.processes import Service, Stopped, Supervisor, signals
 port, logs, *programs = sys.argv[1:]
 command = (sys.executable, "-m", "http.server", port, "--bind", "127.0.0.1")
 files = Service("files", command, "127.0.0.1", int(port), "x.port", health="/")
-with Supervisor(Path(logs)) as supervisor, signals(supervisor):
+supervisor = Supervisor(Path(logs))
+supervisor.say = lambda text: print(text, flush=True)
+with signals(supervisor), supervisor:
     try:
         supervisor.wait(supervisor.start(files.name, files.command), files)
         for n, program in enumerate(programs):
-            supervisor.start(f"program {n}", [sys.executable, "-c", program])
+            supervisor.start(f"program {n}", [sys.executable, "-c", program], revived="# revived" in program)
         print("ready", flush=True)
         while True:
             supervisor.look()
             time.sleep(0.1)
     except Stopped:
         print("stopped", flush=True)
+print("killed:", supervisor.killed)
 """
 
 
@@ -152,7 +155,7 @@ def test_signal_stops_every_child(driven, number):
     start = time.monotonic()
     process.send_signal(number)
     out, err = process.communicate(timeout=STOP)
-    assert process.returncode == 0 and out == "stopped\n" and not err
+    assert process.returncode == 0 and out == "stopped\nkilled: []\n" and not err
     assert ended(pids, start, 5)
 
 
@@ -163,9 +166,10 @@ def test_stubborn_child_and_its_child_are_killed_in_time(driven):
     start = time.monotonic()
     process.terminate()
     time.sleep(1)
-    process.terminate()  # an impatient person's second signal changes nothing
-    process.communicate(timeout=STOP)
+    process.send_signal(signal.SIGINT)  # an impatient person's second signal changes nothing
+    out, err = process.communicate(timeout=STOP)
     assert ended(pids, start, STOP)
+    assert process.returncode == 0 and out == "stopped\nkilled: ['program 0']\n" and not err
 
 
 @pytest.mark.full
@@ -188,6 +192,24 @@ def test_killed_child_is_reported_by_its_signal(driven):
     process, pids = driven("import os, time; time.sleep(1); os.kill(os.getpid(), 9)")
     assert "program 0 was killed by SIGKILL" in process.communicate(timeout=STOP)[1]
     assert ended(pids, time.monotonic(), 2)
+
+
+def test_one_that_is_revived_ends_nothing_by_its_death(driven, tmp_path):
+    process, pids = driven("import os, time; print('here', flush=True); time.sleep(600)  # revived")
+    log = tmp_path / "logs/program-0.log"
+    wait_for(lambda: log.read_text() == "here\n", 10, "it runs")
+    victim, = (p for p in pids if "# revived" in " ".join(psutil.Process(p).cmdline()))
+    os.kill(victim, signal.SIGKILL)
+    assert process.stdout.readline().startswith("program 0 was killed by SIGKILL; log: ")
+    wait_for(lambda: log.read_text() == "here\nhere\n", 10, "it runs again, and its first words are kept")
+    others = [p for p in pids if p != victim]
+    assert alive(others) == others, "the others were not touched"
+    pids = family(process.pid)
+    assert len(pids) == len(others) + 1
+    start = time.monotonic()
+    process.terminate()
+    assert process.communicate(timeout=STOP)[0] == "stopped\nkilled: []\n" and process.returncode == 0
+    assert ended(pids, start, 5)
 
 
 def test_earlier_log_is_kept(tmp_path):
@@ -248,6 +270,10 @@ class Up:
         self.process.wait()
 
 
+def worker_of(up: Up) -> int | None:
+    return next((p for p in family(up.process.pid) if psutil.Process(p).cmdline()[-1:] == ["worker"]), None)
+
+
 def test_up_serves_a_model_and_stops_within_15_seconds(trained, free_port):
     up = Up(trained, free_port(), free_port(), free_port())
     try:
@@ -263,6 +289,14 @@ def test_up_serves_a_model_and_stops_within_15_seconds(trained, free_port):
         assert [m["name"] for m in found] == ["adult-income.RandomForest"]
         assert get(up.urls["the API"] + "/health")["ready"]
         assert len(up.pids) >= 6, "watchdog, MLflow and its worker, the API, the worker, the dashboard, its kernel"
+        victim = worker_of(up)
+        os.kill(victim, signal.SIGKILL)
+        wait_for(lambda: worker_of(up) not in (None, victim), 30, "another worker comes")
+        assert up.process.poll() is None and get(up.urls["the API"] + "/health")["ready"]
+        assert "worker was killed by SIGKILL" in up.out.read_text()
+        log = trained / "var/logs/worker.log"
+        wait_for(lambda: log.read_text().count("worker of adult-income") == 2, 30, "it works")
+        up.pids = family(up.process.pid)
         start = time.monotonic()
         up.process.terminate()
         assert up.process.wait(STOP) == 0
@@ -383,6 +417,7 @@ def test_stopped_and_started_under_load_loses_nothing_acknowledged(trained, free
             assert up.process.wait(STOP) == 0, up.out.read_text()
             assert ended(up.pids, start, STOP)
             took.append(time.monotonic() - start)
+            assert up.out.read_text().endswith("\nStopped.\n"), "nobody had to be killed"
             if load:
                 load.end()
                 assert not load.wrong, load.wrong[:3]
