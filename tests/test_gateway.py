@@ -6,8 +6,10 @@ import re
 import signal
 import socket
 import subprocess
+import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 
 import httpx
@@ -299,6 +301,73 @@ def test_name_that_nobody_knows_yet_is_no_reason_not_to_start(gateway):
     assert httpx.get(f"{g.url}/api/health").status_code == 502
 
 
+def test_address_is_kept_while_its_name_is_not_found(gateway, tmp_path):
+    "A look-up that fails takes no door away; one that gives another address moves it."
+    from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+    class Hello(BaseHTTPRequestHandler):
+        def do_GET(self):
+            self.send_response(200)
+            self.send_header("Content-Length", "0")
+            self.end_headers()
+
+    getent, known, asked = tmp_path / "bin" / "getent", tmp_path / "known", tmp_path / "asked"
+    getent.parent.mkdir()
+    getent.write_text(f"#!/bin/sh\necho >>{asked}\ncat {known}\n")
+    getent.chmod(0o755)
+    known.write_text("127.0.0.1 STREAM backend\n")
+    with ThreadingHTTPServer(("127.0.0.1", 0), Hello) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        g = gateway(API=f"backend:{server.server_port}", PATH=f"{getent.parent}:{PATH}")
+        assert httpx.get(f"{g.url}/api/health").status_code == 200
+        for addresses, code in (("", 200), ("127.0.0.9 STREAM backend\n", 502), ("", 502),
+                                ("127.0.0.1 STREAM backend\n", 200)):
+            known.write_text(addresses)
+            seen = asked.stat().st_size
+            wait_for(lambda seen=seen: asked.stat().st_size >= seen + 2, 20, "the name is looked up twice")
+            wait_for(lambda code=code: httpx.get(f"{g.url}/api/health").status_code == code, 10, (addresses, code))
+        server.shutdown()
+
+
+def kept_in_files(gateway) -> int:
+    "Bytes that nginx has put aside, in files that may have no name any more."
+    files = {}
+    for folder in Path("/proc").glob("[0-9]*/fd"):
+        with suppress(OSError):
+            for number in folder.iterdir():
+                if os.readlink(number).startswith(f"{gateway.run}/") and number.stat().st_size:
+                    files[number.stat().st_ino] = number.stat().st_size
+    return sum(files.values())
+
+
+def test_nothing_on_its_way_is_kept_in_files(gateway):
+    "Not a request whose service does not read it yet, nor an answer that its client reads slowly: /tmp is memory."
+    with socket.create_server(("127.0.0.1", 0)) as service:
+        service.settimeout(10)
+        port = service.getsockname()[1]
+        g = gateway(API=f"127.0.0.1:{port}", FRONTEND=f"127.0.0.1:{port}", MLFLOW=f"127.0.0.1:{port}")
+        for path, size in (("/api/predict", 15 * MIB), ("/mlflow/artifact", 100 * MIB), ("/frontend/x", MIB)):
+            with socket.create_connection(("127.0.0.1", g.port)) as client:
+                client.sendall(f"POST {path} HTTP/1.1\r\nHost: localhost\r\nContent-Length: {size}\r\n\r\n".encode())
+                client.settimeout(1)
+                with suppress(TimeoutError):
+                    client.sendall(b" " * (size - 1))
+                asked, _ = service.accept()
+                with asked, suppress(TimeoutError):
+                    assert kept_in_files(g) == 0, path
+                    asked.recv(100_000)
+                    asked.settimeout(1)
+                    asked.sendall(b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n" % (50 * MIB) + b" " * (50 * MIB))
+                assert kept_in_files(g) == 0, path
+        answer = httpx.post(f"{g.url}/frontend/upload", content=b" " * (2 * MIB))
+        assert answer.status_code == 413, "files for the dashboard come by its websocket"
+
+
+def test_answers_say_which_commit_the_gateway_is_of(gateway):
+    assert httpx.get(gateway(REVISION="0" * 40).url).headers["X-Revision"] == "0" * 40
+    assert "X-Revision" not in httpx.get(gateway().url).headers
+
+
 def test_names_of_the_system_are_configured(gateway):
     g = gateway(PUBLIC_HOSTS="ml.example,*.ml.example")
     for host, code in [("ml.example", 200), ("a.ml.example:8080", 200), ("127.0.0.1", 421), ("ml.example.evil", 421)]:
@@ -314,7 +383,7 @@ def test_slow_service_is_given_up_with_json(gateway, tmp_path):
 
 
 @pytest.mark.parametrize(("name", "value"), [("RATE", "many"), ("API", "a;b"), ("PUBLIC_HOSTS", "$host"),
-                                             ("RUN", "a\nb")])
+                                             ("RUN", "a\nb"), ("PUBLIC_HOSTS", "income.example:8443")])
 def test_wrong_value_is_named(name, value, tmp_path):
     done = subprocess.run([START, "--check"], env={"PATH": PATH, "RUN": str(tmp_path), name: value}, text=True,
                           capture_output=True)
