@@ -189,6 +189,21 @@ def test_workflows(workflow):
     assert uses and all(re.fullmatch(r"[\w./-]+@[0-9a-f]{40}", u) and re.match(r" # v\d", c) for u, c in uses)
 
 
+def test_only_a_commit_that_passed_becomes_images_and_only_those_are_deployed():
+    images, deploy = (yaml.safe_load((ROOT / f".github/workflows/{n}.yml").read_text()) for n in ("images", "deploy"))
+    assert images[True] == {"workflow_dispatch": None, "workflow_run": {  # YAML reads "on" as true
+        "workflows": ["ci"], "types": ["completed"], "branches": ["main"]}}
+    job = images["jobs"]["image"]
+    assert "conclusion == 'success'" in job["if"] and "event == 'push'" in job["if"]
+    commit = "${{ github.event.workflow_run.head_sha || github.sha }}"
+    assert images["run-name"] == job["env"]["COMMIT"] == job["steps"][0]["with"]["ref"] == commit
+    azure = deploy["jobs"]["azure"]
+    assert azure["env"]["TAG"] == "${{ inputs.tag || github.event.workflow_run.display_title }}"
+    assert "REVISION=$COMMIT" in job["steps"][1]["run"]
+    (answers,) = [s["run"] for s in azure["steps"] if s.get("name") == "It answers"]
+    assert "x-revision: $TAG" in answers
+
+
 @pytest.mark.skipif(WITHOUT_NGINX, reason="nginx is needed (apt-get install nginx)")
 def test_nginx_files(tmp_path):
     file = fine(run(START, "--check", RUN=str(tmp_path), LISTEN="127.0.0.1:8099", API="127.0.0.1:1",
