@@ -3,9 +3,12 @@
 import json
 import os
 import re
+import shutil
 import signal
 import socket
 import subprocess
+import sys
+import tempfile
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -14,7 +17,22 @@ from pathlib import Path
 
 import httpx
 import pytest
-from gateway_helpers import CHROMIUM, PATH, ROOT, START, WITHOUT_NGINX, Gateway, Page, System, browser, wait_for
+from gateway_helpers import (
+    CHROMIUM,
+    PATH,
+    ROOT,
+    START,
+    WITHOUT_NGINX,
+    Gateway,
+    Page,
+    Program,
+    System,
+    browser,
+    free_port,
+    small_project,
+    status,
+    wait_for,
+)
 
 pytestmark = pytest.mark.skipif(WITHOUT_NGINX or not CHROMIUM, reason="nginx and chromium are needed (apt-get install)")
 PERSON = {"age": 52, "workclass": "Self-emp-not-inc", "education": "HS-grad", "education-num": 9,
@@ -25,9 +43,24 @@ MIB = 2**20
 
 
 @pytest.fixture(scope="module")
-def system(tmp_path_factory):
+def book():
+    "Three pages of the book, where a server that is nobody in particular may read them."
+    folder = Path(tempfile.mkdtemp(prefix="book"))
+    folder.chmod(0o755)
+    (folder / "toc.yml").write_text("format: jb-book\nroot: book/howto/docker\nchapters:\n"
+                                    "- file: book/howto/backup\n- file: book/howto/postgresql\n")
+    done = subprocess.run(["jupyter-book", "build", ".", "--config", "book/_config.yml", "--toc", folder / "toc.yml",
+                           "--path-output", folder, "--all", "--quiet"], cwd=ROOT, capture_output=True, text=True,
+                          env={**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"})
+    assert done.returncode == 0, done.stdout + done.stderr
+    yield folder / "_build/html"
+    shutil.rmtree(folder)
+
+
+@pytest.fixture(scope="module")
+def system(tmp_path_factory, book):
     "Everything, with a model that was trained through the gateway."
-    system = System(tmp_path_factory.mktemp("gateway"))
+    system = System(tmp_path_factory.mktemp("gateway"), book=book)
     try:
         system.command("train", "--trials", "1", "--models", "XGBoost")
         wait_for(lambda: httpx.get(f"{system.url}/api/ready").status_code == 200, 30, "a model is served")
@@ -68,12 +101,22 @@ def test_landing_page_shows_the_doors_and_their_health(visit, scheme):
     page.wait_for_function("() => [...document.querySelectorAll('.state')].every(s => s.textContent !== '…')")
     states = dict(zip(doors.locator("h2").all_inner_texts(), doors.locator(".state").all_inner_texts(), strict=True))
     assert states["API"] == "serves adult-income.XGBoost, version 1" and states["MLflow"] == "running"
-    assert states["Dashboard"] == "running" and "not there" in states["Book"], "nobody serves the book here"
-    assert page.locator("#summary").inner_text() == "3 of 4 services are ready."
+    assert states["Dashboard"] == "running" and states["Book"] == "running"
+    assert page.locator("#summary").inner_text() == "All services are running."
     background = page.evaluate("getComputedStyle(document.body).backgroundColor")
     assert (sum(map(int, re.findall(r"\d+", background)[:3])) < 300) == (scheme == "dark")
-    assert opened.problems and all("502" in p for p in opened.problems), "the book, and nothing else"
-    opened.problems.clear()
+
+
+def test_the_book_opens_and_its_links_stay_behind_the_door(visit):
+    page = visit("/").page
+    page.locator(".door", has_text="Book").click()
+    page.wait_for_url("**/docs/book/howto/docker.html")
+    assert page.locator("h1").first.inner_text().startswith("Run in Docker")
+    page.locator("article").get_by_role("link", name="Back it up").click()
+    page.wait_for_url("**/docs/book/howto/backup.html")
+    assert page.locator("h1").first.inner_text().startswith("Back up and restore")
+    styled = page.evaluate("getComputedStyle(document.querySelector('article h1')).fontFamily")
+    assert "sans" in styled, "with its style sheets"
 
 
 def test_swagger_executes_a_prediction(visit):
@@ -240,6 +283,52 @@ def test_latency_that_the_gateway_adds_is_small(system):
         return sorted(times)[50]
     direct = median(f"http://127.0.0.1:{system.env['DYNACONF_SERVING__PORT']}/predict")
     assert median(f"{system.url}/api/predict") < direct + 0.01
+
+
+# ── MLflow alone, and with names and passwords ────────────────────────────────────────────────────────────────────────
+
+def test_mlflow_ends_by_itself(tmp_path):
+    "Within the time that Compose gives it; also while somebody is connected."
+    port = free_port()
+    project = small_project(tmp_path / "project", 10)
+    program = Program("mlflow", [sys.executable, "-m", "income_mlops.mlserver"], project,
+                      DYNACONF_MLFLOW__PORT=str(port))
+    try:
+        program.wait(f"http://127.0.0.1:{port}/health", 180)
+        with httpx.Client() as client:
+            assert client.get(f"http://127.0.0.1:{port}/health").status_code == 200
+            assert program.stop() < 15
+        wait_for(lambda: status(f"http://127.0.0.1:{port}/health") == 0, 5, "nobody listens any more")
+    finally:
+        program.stop(signal.SIGKILL)
+
+
+@pytest.mark.full
+@pytest.mark.timeout(600)
+def test_mlflow_with_names_and_passwords(tmp_path):
+    "Through the gateway: pages, a client, a worker that trains; and a password that is changed where it is kept."
+    words = {"MLFLOW_AUTH_ADMIN_USERNAME": "me", "MLFLOW_AUTH_ADMIN_PASSWORD": "the first words",
+             "MLFLOW_FLASK_SERVER_SECRET_KEY": "a key", "MLFLOW_TRACKING_USERNAME": "me",
+             "MLFLOW_TRACKING_PASSWORD": "the first words"}
+    system = System(tmp_path, DYNACONF_MLFLOW__AUTHENTICATION="true", DYNACONF_MODELS="XGBoost",
+                    DYNACONF_OPTIMIZATION__INITIAL_N_TRIALS="1", DYNACONF_JOBS__SCHEDULING="normal", **words)
+    found = f"{system.url}/mlflow/api/2.0/mlflow/experiments/get-by-name?experiment_name=adult-income"
+
+    def asked(password: str | None) -> int:
+        return httpx.get(found, auth=("me", password) if password else None, timeout=30).status_code
+    try:
+        system.start("worker", ["-m", "income_mlops.cli", "worker"])
+        wait_for(lambda: httpx.get(f"{system.url}/api/ready").status_code == 200, 240, "a first model is served")
+        assert [asked(None), asked("other words"), asked("the first words")] == [401, 401, 200]
+        assert httpx.get(f"{system.url}/mlflow/").status_code == 401
+        assert "XGBoost" in system.command("models")
+        system.mlflow.stop(seconds=30)
+        system.env["MLFLOW_AUTH_ADMIN_PASSWORD"] = "the second words"
+        system.start("mlflow", ["-m", "income_mlops.mlserver"], DYNACONF_MLFLOW__TRACKING_URI="").wait(
+            f"{system.url}/mlflow/health", 180)
+        assert [asked("the first words"), asked("the second words")] == [401, 200]
+    finally:
+        system.stop()
 
 
 # ── nginx alone ───────────────────────────────────────────────────────────────────────────────────────────────────────
