@@ -12,19 +12,22 @@ import os
 import shutil
 import sqlite3
 import tempfile
-from collections.abc import Iterator
-from contextlib import closing
+import time
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack, closing
 from datetime import UTC, datetime
 from importlib.metadata import version as installed
 from pathlib import Path
 from typing import Any
 
 from .settings import Settings
+from .uploads import _locked
 
 # %% ../nbs/48b_backups.ipynb #c6722456
 MANIFEST = "backup.json"
 _PASSING = {"logs", "dashboard"}
 _BESIDE = (".lock", "-wal", "-shm", "-journal")
+_UNFINISHED = (".new-", ".gone-", ".partial", ".current")
 _SQLITE = b"SQLite format 3\x00"
 
 
@@ -37,16 +40,20 @@ def _files(state: Path) -> Iterator[str]:
     for folder, folders, names in os.walk(state):
         if Path(folder) == state:
             folders[:] = [f for f in folders if f not in _PASSING]
-        folders.sort()
+        inside = Path(folder).relative_to(state).parts[:1] == ("artifacts",)
+        folders[:] = sorted(f for f in folders if inside or not f.startswith(_UNFINISHED))
         for name in sorted(names):
-            path = Path(folder, name)
-            if not name.endswith(_BESIDE) and path.is_file() and not path.is_symlink():
+            path, unfinished = Path(folder, name), name.startswith(_UNFINISHED) or name.endswith(".part")
+            if (inside or not unfinished) and not name.endswith(_BESIDE) and path.is_file() and not path.is_symlink():
                 yield path.relative_to(state).as_posix()
 
 
 def _is_database(file: Path) -> bool:
-    with file.open("rb") as f:
-        return f.read(len(_SQLITE)) == _SQLITE
+    try:
+        with file.open("rb") as f:
+            return f.read(len(_SQLITE)) == _SQLITE
+    except FileNotFoundError:  # gone since it was listed
+        return False
 
 
 def _digest(file: Path) -> str:
@@ -54,38 +61,107 @@ def _digest(file: Path) -> str:
         return hashlib.file_digest(f, "sha256").hexdigest()
 
 # %% ../nbs/48b_backups.ipynb #98fbf073
+_Seen = dict[str, tuple[int, int]]  # files that were copied: size and time
+
+
 def _copy_database(source: Path, target: Path) -> None:
     "One moment of a database that others write to."
     target.parent.mkdir(parents=True, exist_ok=True)
-    with closing(sqlite3.connect(f"file:{source}?mode=ro", uri=True, timeout=60)) as there, \
+    target.unlink(missing_ok=True)
+    with closing(sqlite3.connect(f"{source.resolve().as_uri()}?mode=ro", uri=True, timeout=60)) as there, \
             closing(sqlite3.connect(target)) as here:
         there.backup(here)
         here.execute("PRAGMA journal_mode = DELETE")  # one file, whatever the mode was
     shutil.copymode(source, target)
 
 
-def _copy_files(state: Path, folder: Path, databases: set[str]) -> None:
-    "Everything else, until nothing is new or changed."
-    seen: dict[str, tuple[int, int]] = {}
-    for _ in range(20):
-        now: dict[str, tuple[int, int]] = {}
-        for name in _files(state):
-            if name in databases:
-                continue
-            try:
-                found = (state / name).stat()
-                now[name] = found.st_size, found.st_mtime_ns
-                if seen.get(name) != now[name]:
-                    (folder / name).parent.mkdir(parents=True, exist_ok=True)
-                    shutil.copy2(state / name, folder / name)
-            except FileNotFoundError:  # a file of the moment
-                now.pop(name, None)
-        for gone in seen.keys() - now.keys():
-            (folder / gone).unlink(missing_ok=True)
-        if now == seen:
-            return
+def _copy_files(state: Path, folder: Path, names: Iterable[str], seen: _Seen) -> _Seen:
+    "Those that are new or changed; what is gone goes from the copy, too."
+    now: _Seen = {}
+    for name in names:
+        try:
+            found = (state / name).stat()
+            now[name] = found.st_size, found.st_mtime_ns
+            if seen.get(name) != now[name]:
+                (folder / name).parent.mkdir(parents=True, exist_ok=True)
+                shutil.copy2(state / name, folder / name)
+        except FileNotFoundError:  # a file of the moment
+            now.pop(name, None)
+    for gone in seen.keys() - now.keys():
+        (folder / gone).unlink(missing_ok=True)
+    return now
+
+# %% ../nbs/48b_backups.ipynb #e35a2105
+_QUEUE, _UPLOADS = "jobs.db", "uploads/"
+
+
+def _copy_uploads(state: Path, folder: Path, seen: _Seen) -> _Seen:
+    "The queue and the uploads, at one moment."
+    def stores() -> list[Path]:
+        return sorted(p.parent for p in (state / _UPLOADS).glob("*/.lock"))
+    while True:
+        locked = stores()
+        with ExitStack() as held:
+            for store in locked:
+                held.enter_context(_locked(store))
+            (folder / _QUEUE).unlink(missing_ok=True)
+            if _is_database(state / _QUEUE):
+                _copy_database(state / _QUEUE, folder / _QUEUE)
+            seen = _copy_files(state, folder, (n for n in _files(state) if n.startswith(_UPLOADS)), seen)
+            if stores() == locked:  # else the first upload of a store came in between
+                return seen
+
+# %% ../nbs/48b_backups.ipynb #4a962eed
+_PATIENCE, _PAUSE, _JOURNAL = 600.0, 0.5, "studies.journal"  # seconds
+
+
+def _is_quiet(now: _Seen, seen: _Seen) -> bool:
+    return now.keys() == seen.keys() and all(now[n] == seen[n] or Path(n).name == _JOURNAL for n in now)
+
+
+def _copy_rest(state: Path, folder: Path, databases: set[str], seen: _Seen) -> None:
+    "Everything but uploads and the queue, until nothing is new or changed. `databases` is added to."
+    end = time.monotonic() + _PATIENCE
+    while True:
+        names = [n for n in _files(state) if not n.startswith(_UPLOADS) and n != _QUEUE and n not in databases]
+        for name in [n for n in names if _is_database(state / n)]:
+            _copy_database(state / name, folder / name)
+            databases.add(name)
+        seen = {n: s for n, s in seen.items() if n not in databases and n != _QUEUE}
+        now = _copy_files(state, folder, (n for n in names if n not in databases), seen)
+        if _is_quiet(now, seen):
+            break
+        if time.monotonic() > end:
+            raise BackupError(f"{state} changes faster than it can be copied, for {_PATIENCE:.0f} s")
         seen = now
-    raise BackupError(f"{state} changes faster than it can be copied")
+        time.sleep(_PAUSE)
+    for name in (n for n in now if Path(n).name == _JOURNAL):
+        content = (folder / name).read_bytes()
+        (folder / name).write_bytes(content[:content.rfind(b"\n") + 1])
+
+# %% ../nbs/48b_backups.ipynb #1b873d3f
+def _copy_state(state: Path, folder: Path) -> set[str]:
+    "Its databases. The order is that of what speaks of what: see above."
+    seen = _copy_files(state, folder, (n for n in _files(state) if not _is_database(state / n)), {})
+    uploads = {n: s for n, s in seen.items() if n.startswith(_UPLOADS)}
+    _copy_uploads(state, folder, uploads)
+    databases = {_QUEUE} if (folder / _QUEUE).exists() else set()
+    for name in [n for n in _files(state) if n != _QUEUE and _is_database(state / n)]:
+        _copy_database(state / name, folder / name)
+        databases.add(name)
+    _copy_rest(state, folder, databases, {n: s for n, s in seen.items() if n not in uploads})
+    return databases
+
+
+def _write_manifest(state: Path, folder: Path, databases: set[str]) -> dict[str, Any]:
+    files = {name: {"size": (folder / name).stat().st_size, "sha256": _digest(folder / name)}
+             for name in _files(folder)}
+    manifest = {"made": datetime.now(UTC).isoformat(timespec="seconds"), "version": installed("income_mlops"),
+                "state": str(state), "databases": sorted(databases), "files": files}
+    part = folder / f"{MANIFEST}.part"
+    part.write_text(json.dumps(manifest, indent=1))
+    part.replace(folder / MANIFEST)
+    return manifest
 
 # %% ../nbs/48b_backups.ipynb #9cacc7cc
 def backup(
@@ -100,19 +176,16 @@ def backup(
         raise BackupError(f"{folder} is inside of the state folder {state}")
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise BackupError(f"{folder} is not empty")
+    made = not folder.exists()
     folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-    databases = {name for name in _files(state) if _is_database(state / name)}
-    for name in sorted(databases):
-        _copy_database(state / name, folder / name)
-    _copy_files(state, folder, databases)
-    files = {name: {"size": (folder / name).stat().st_size, "sha256": _digest(folder / name)}
-             for name in _files(folder)}
-    manifest = {"made": datetime.now(UTC).isoformat(timespec="seconds"), "version": installed("income_mlops"),
-                "state": str(state), "databases": sorted(databases), "files": files}
-    part = folder / f"{MANIFEST}.part"
-    part.write_text(json.dumps(manifest, indent=1))
-    part.replace(folder / MANIFEST)
-    return manifest
+    try:
+        return _write_manifest(state, folder, _copy_state(state, folder))
+    except BaseException:  # the next try shall find the place free
+        for path in folder.iterdir():
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+        if made:
+            folder.rmdir()
+        raise
 
 # %% ../nbs/48b_backups.ipynb #4d5b286f
 def check(
@@ -135,8 +208,16 @@ def check(
             raise BackupError(f"{name} is not what was saved: its hash differs")
     return manifest
 
+# %% ../nbs/48b_backups.ipynb #8ed20146
+def _moves(old: Path, new: Path) -> dict[str, str]:
+    "Beginnings of a text, and what they become: of a path, and of an address as MLflow and others write one."
+    addresses = {f"{old.as_uri()}/": f"{new.as_uri()}/"}  # a blank is %20 in it
+    for start in ("", "file://", "sqlite:///"):
+        addresses.setdefault(f"{start}{old}/", f"{start}{new}/")
+    return addresses
 
-def _move_paths(database: Path, old: str, new: str) -> None:
+
+def _move_paths(database: Path, old: Path, new: Path) -> None:
     "Change a path at the beginning of a text, or of the path of an address, in every column of every table."
     with closing(sqlite3.connect(database)) as db, db:
         tables = [name for (name,) in db.execute("SELECT name FROM sqlite_master WHERE type = 'table'")]
@@ -144,10 +225,10 @@ def _move_paths(database: Path, old: str, new: str) -> None:
             for _, column, kind, *_ in db.execute(f'PRAGMA table_info("{table}")').fetchall():
                 if not str(kind).upper().startswith(("VARCHAR", "TEXT", "CHAR")):
                     continue
-                for start in ("", "file://", "sqlite:///"):
+                for before, after in _moves(old, new).items():
                     db.execute(f'UPDATE "{table}" SET "{column}" = ? || substr("{column}", ?) '  # noqa: S608
                                f'WHERE substr("{column}", 1, ?) = ?',
-                               (f"{start}{new}/", len(f"{start}{old}/") + 1, len(f"{start}{old}/"), f"{start}{old}/"))
+                               (after, len(before) + 1, len(before), before))
 
 # %% ../nbs/48b_backups.ipynb #f68e9a38
 def restore(
@@ -168,7 +249,7 @@ def restore(
             shutil.copy2(folder / name, beside / name)
         if manifest["state"] != str(state):
             for name in manifest["databases"]:
-                _move_paths(beside / name, manifest["state"], str(state))
+                _move_paths(beside / name, Path(manifest["state"]), state)
         if fill:
             for path in beside.iterdir():
                 path.rename(state / path.name)

@@ -12,6 +12,9 @@ from typing import Any
 import click
 
 # %% ../nbs/49d_cli_state.ipynb #19720bcd
+_DATABASES = (("MLflow's runs are", "mlflow.tracking_uri", "mlflow.db"), ("jobs are", "jobs.storage", "jobs.db"))
+
+
 def _said(manifest: dict[str, Any]) -> str:
     size = sum(f["size"] for f in manifest["files"].values())
     return f"{len(manifest['files'])} files, {size / 2**20:,.1f} MiB"
@@ -34,8 +37,9 @@ def backup(folder: Path) -> None:
     settings = load_settings()
     made = backups.backup(settings, folder)
     click.echo(f"saved {_said(made)} to {folder}")
-    if not settings.tracking_uri.startswith("sqlite:"):
-        click.echo("MLflow's runs are elsewhere (mlflow.tracking_uri): save its database, too", err=True)
+    for what, setting, file in _DATABASES:
+        if file not in made["databases"]:
+            click.echo(f"{what} not in it: if they are in a database elsewhere ({setting}), save that, too", err=True)
 
 
 @click.command()

@@ -92,6 +92,17 @@ class Gateway(Program):
         return took
 
 
+def book_server(folder: Path, book: Path, port: int) -> Program:
+    "nginx as the image of the book starts it; only where it listens and where its files are is of this machine."
+    conf, text = folder / "book.conf", (ROOT / "docker/docs/nginx.conf").read_text()
+    for there, here in (("listen 8000 ", f"listen 127.0.0.1:{port} "), ("root /site;", f"root {book};"),
+                        ("/tmp/", f"{folder}/book-")):
+        assert there in text
+        text = text.replace(there, here)
+    conf.write_text(text)
+    return Program("book", ["nginx", "-e", "stderr", "-c", str(conf)], folder, PATH=PATH)
+
+
 def small_project(folder: Path, rows: int = 3000) -> Path:
     "Our settings, and the first rows of our data: trained in seconds."
     (folder / "data").mkdir(parents=True)
@@ -124,8 +135,7 @@ class System:
         self.mlflow = self.start("mlflow", ["-m", "income_mlops.mlserver"], DYNACONF_MLFLOW__TRACKING_URI=store)
         self.api = self.start("api", ["-m", "income_mlops.cli", "serve", "--no-worker"])
         if book:
-            self.start("book", ["-m", "http.server", str(ports["DOCS"]), "--bind", "127.0.0.1", "--directory",
-                                 str(book)])
+            self.programs.append(book_server(self.folder, book, ports["DOCS"]))
         self.dashboard = self.start("dashboard", [
             "-c", "from income_mlops.dashboard import serve; from income_mlops.settings import load_settings; "
                   "serve(load_settings())"])
@@ -153,12 +163,13 @@ class System:
 
 
 @contextlib.contextmanager
-def browser() -> Iterator:
-    "Chromium, for which the world ends at this machine."
+def browser(*names: str) -> Iterator:
+    "Chromium, for which the world ends at this machine, which goes by `names`, too."
     from playwright.sync_api import sync_playwright
     with sync_playwright() as playwright:
         chromium = playwright.chromium.launch(executable_path=CHROMIUM, args=[
-            "--no-sandbox", "--host-resolver-rules=MAP * ~NOTFOUND, EXCLUDE 127.0.0.1, EXCLUDE localhost"])
+            "--no-sandbox", "--host-resolver-rules=" + "".join(f"MAP {n} 127.0.0.1, " for n in names)
+            + "MAP * ~NOTFOUND, EXCLUDE 127.0.0.1, EXCLUDE localhost"])
         try:
             yield chromium
         finally:

@@ -5,13 +5,16 @@ import re
 import shutil
 import subprocess
 import sys
+from fnmatch import fnmatch
 from pathlib import Path
 
 import pytest
 import yaml
 from gateway_helpers import PATH, ROOT, START, WITHOUT_NGINX
 
-from income_mlops.settings import Settings, load_settings
+from income_mlops import mlserver
+from income_mlops.access import Guard
+from income_mlops.settings import Serving, Settings, load_settings
 
 BIN = Path(sys.executable).parent
 DOCKERFILES = sorted((ROOT / "docker").glob("*/Dockerfile"))
@@ -74,10 +77,19 @@ def test_compose_starts_everything_on_this_machine():
     assert services["backend"]["environment"]["DYNACONF_MLFLOW__TRACKING_URI"] == "http://mlflow:5000"
     assert services["backend"]["environment"]["DYNACONF_JOBS__STORAGE"] == ""
     assert "backend" in services["backend"]["environment"]["DYNACONF_SERVING__ALLOWED_HOSTS"].split(",")
-    with_database = config(COMPOSE[0], "--profile", "postgres", DATABASE="me:x@postgres:5432", POSTGRES_PASSWORD="x")
-    told = with_database["services"]
-    assert told["worker"]["environment"]["DYNACONF_JOBS__STORAGE"] == "postgresql+psycopg://me:x@postgres:5432/jobs"
-    assert told["mlflow"]["environment"]["DYNACONF_MLFLOW__TRACKING_URI"].endswith("@postgres:5432/mlflow")
+
+
+@pytest.mark.parametrize(("given", "server"), [
+    ({"POSTGRES_PASSWORD": "x"}, "mlflow:x@postgres:5432"),
+    ({"POSTGRES_PASSWORD": "x", "DATABASE": "me:y@db:5432"}, "me:y@db:5432"),
+    ({"DATABASE": "me:y@db:5432"}, "me:y@db:5432")])
+def test_a_password_of_postgresql_is_enough_to_use_it(given, server):
+    told = config(COMPOSE[0], "--profile", "postgres", **given)["services"]
+    address = f"postgresql+psycopg://{server}/"
+    for name in ("backend", "worker"):
+        assert told[name]["environment"]["DYNACONF_JOBS__STORAGE"] == address + "jobs"
+        assert told[name]["environment"]["DYNACONF_OPTIMIZATION__STORAGE"] == address + "studies"
+    assert told["mlflow"]["environment"]["DYNACONF_MLFLOW__TRACKING_URI"] == address + "mlflow"
 
 
 @pytest.mark.parametrize("missing", [None, *SECRETS])
@@ -115,6 +127,50 @@ def test_settings_in_compose_files_are_known(file, monkeypatch):
             assert isinstance(load_settings(ROOT / "settings.ini"), Settings), name
 
 
+@pytest.mark.parametrize("file", COMPOSE)
+def test_each_service_answers_its_own_health_check(file, monkeypatch):
+    "The address in the Dockerfile is one that the service goes by, with the names that the Compose file gives it."
+    checked = set()
+    for name, s in config(file, **SECRETS)["services"].items():
+        folder = s["image"].split("/")[-1].split(":")[0].removesuffix("-custom")
+        text = (ROOT / "docker" / folder / "Dockerfile").read_text()
+        host = re.search(r"http://([\w.]+:\d+)", text)
+        if s.get("healthcheck", {}).get("disable") or not host:
+            continue
+        with monkeypatch.context() as patch:
+            for key, value in (*re.findall(r"\b(DYNACONF_(?!PATHS)\w+)=(\S+)", text), *s["environment"].items()):
+                patch.setenv(key, str(value))
+            settings = load_settings(ROOT / "settings.ini")
+        if name == "backend":
+            assert Guard(settings).refuse("GET", [(b"host", host[1].encode())]) is None
+        if name == "mlflow":
+            allowed = mlserver.command(settings.model_copy(update={"mlflow": settings.mlflow.model_copy(update={
+                "tracking_uri": "sqlite://"})}))
+            patterns = allowed[allowed.index("--allowed-hosts") + 1].split(",")
+            assert any(fnmatch(host[1], p) for p in patterns), patterns
+        checked.add(name)
+    assert checked == {"backend", "mlflow", "frontend"}
+
+
+@pytest.mark.parametrize("file", COMPOSE)
+def test_what_a_container_keeps_in_memory_for_files_leaves_room(file):
+    for name, s in config(file, **SECRETS)["services"].items():
+        (tmp,) = s["tmpfs"]
+        size = re.fullmatch(r"/tmp:size=(\d+)m", tmp)
+        assert size and int(size[1]) * 2**20 < int(s["mem_limit"]) / 2, (name, tmp)
+
+
+def test_limits_of_the_gateway_are_the_services():
+    text = START.read_text()
+    serving = Serving()
+    for name, limit in (("REQUEST_MB", serving.max_request_mb), ("UPLOAD_MB", serving.max_upload_mb)):
+        assert int(re.search(rf"\$\{{{name}:=(\d+)\}}", text)[1]) == limit, name
+    told = config(COMPOSE[1], **SECRETS, UPLOAD_MB="7")["services"]
+    assert {s["environment"][k] for s in told.values() for k in s.get("environment") or {} if "UPLOAD_MB" in k} == {"7"}
+    mlflow = int(told["mlflow"]["mem_limit"]) / 2**20
+    assert int(re.search(r"\$\{ARTIFACT_MB:=(\d+)\}", text)[1]) < mlflow / 4, "MLflow holds an artifact in memory"
+
+
 def test_example_of_the_environment_names_every_variable():
     used = {n for f in COMPOSE for n in re.findall(r"\$\{(\w+)", (ROOT / f).read_text())}
     named = set(re.findall(r"^#?([A-Z_]+)=", (ROOT / ".env.example").read_text(), re.M))
@@ -131,6 +187,21 @@ def test_workflows(workflow):
     assert text["permissions"] == {} and all("timeout-minutes" in job for job in text["jobs"].values())
     uses = re.findall(r"uses: (\S+)(.*)", workflow.read_text())
     assert uses and all(re.fullmatch(r"[\w./-]+@[0-9a-f]{40}", u) and re.match(r" # v\d", c) for u, c in uses)
+
+
+def test_only_a_commit_that_passed_becomes_images_and_only_those_are_deployed():
+    images, deploy = (yaml.safe_load((ROOT / f".github/workflows/{n}.yml").read_text()) for n in ("images", "deploy"))
+    assert images[True] == {"workflow_dispatch": None, "workflow_run": {  # YAML reads "on" as true
+        "workflows": ["ci"], "types": ["completed"], "branches": ["main"]}}
+    job = images["jobs"]["image"]
+    assert "conclusion == 'success'" in job["if"] and "event == 'push'" in job["if"]
+    commit = "${{ github.event.workflow_run.head_sha || github.sha }}"
+    assert images["run-name"] == job["env"]["COMMIT"] == job["steps"][0]["with"]["ref"] == commit
+    azure = deploy["jobs"]["azure"]
+    assert azure["env"]["TAG"] == "${{ inputs.tag || github.event.workflow_run.display_title }}"
+    assert "REVISION=$COMMIT" in job["steps"][1]["run"]
+    (answers,) = [s["run"] for s in azure["steps"] if s.get("name") == "It answers"]
+    assert "x-revision: $TAG" in answers
 
 
 @pytest.mark.skipif(WITHOUT_NGINX, reason="nginx is needed (apt-get install nginx)")

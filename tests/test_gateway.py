@@ -3,16 +3,36 @@
 import json
 import os
 import re
+import shutil
 import signal
 import socket
 import subprocess
+import sys
+import tempfile
+import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 
 import httpx
 import pytest
-from gateway_helpers import CHROMIUM, PATH, ROOT, START, WITHOUT_NGINX, Gateway, Page, System, browser, wait_for
+from gateway_helpers import (
+    CHROMIUM,
+    PATH,
+    ROOT,
+    START,
+    WITHOUT_NGINX,
+    Gateway,
+    Page,
+    Program,
+    System,
+    browser,
+    free_port,
+    small_project,
+    status,
+    wait_for,
+)
 
 pytestmark = pytest.mark.skipif(WITHOUT_NGINX or not CHROMIUM, reason="nginx and chromium are needed (apt-get install)")
 PERSON = {"age": 52, "workclass": "Self-emp-not-inc", "education": "HS-grad", "education-num": 9,
@@ -23,9 +43,24 @@ MIB = 2**20
 
 
 @pytest.fixture(scope="module")
-def system(tmp_path_factory):
+def book():
+    "Three pages of the book, where a server that is nobody in particular may read them."
+    folder = Path(tempfile.mkdtemp(prefix="book"))
+    folder.chmod(0o755)
+    (folder / "toc.yml").write_text("format: jb-book\nroot: book/howto/docker\nchapters:\n"
+                                    "- file: book/howto/backup\n- file: book/howto/postgresql\n")
+    done = subprocess.run(["jupyter-book", "build", ".", "--config", "book/_config.yml", "--toc", folder / "toc.yml",
+                           "--path-output", folder, "--all", "--quiet"], cwd=ROOT, capture_output=True, text=True,
+                          env={**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"})
+    assert done.returncode == 0, done.stdout + done.stderr
+    yield folder / "_build/html"
+    shutil.rmtree(folder)
+
+
+@pytest.fixture(scope="module")
+def system(tmp_path_factory, book):
     "Everything, with a model that was trained through the gateway."
-    system = System(tmp_path_factory.mktemp("gateway"))
+    system = System(tmp_path_factory.mktemp("gateway"), book=book)
     try:
         system.command("train", "--trials", "1", "--models", "XGBoost")
         wait_for(lambda: httpx.get(f"{system.url}/api/ready").status_code == 200, 30, "a model is served")
@@ -66,12 +101,22 @@ def test_landing_page_shows_the_doors_and_their_health(visit, scheme):
     page.wait_for_function("() => [...document.querySelectorAll('.state')].every(s => s.textContent !== '…')")
     states = dict(zip(doors.locator("h2").all_inner_texts(), doors.locator(".state").all_inner_texts(), strict=True))
     assert states["API"] == "serves adult-income.XGBoost, version 1" and states["MLflow"] == "running"
-    assert states["Dashboard"] == "running" and "not there" in states["Book"], "nobody serves the book here"
-    assert page.locator("#summary").inner_text() == "3 of 4 services are ready."
+    assert states["Dashboard"] == "running" and states["Book"] == "running"
+    assert page.locator("#summary").inner_text() == "All services are running."
     background = page.evaluate("getComputedStyle(document.body).backgroundColor")
     assert (sum(map(int, re.findall(r"\d+", background)[:3])) < 300) == (scheme == "dark")
-    assert opened.problems and all("502" in p for p in opened.problems), "the book, and nothing else"
-    opened.problems.clear()
+
+
+def test_the_book_opens_and_its_links_stay_behind_the_door(visit):
+    page = visit("/").page
+    page.locator(".door", has_text="Book").click()
+    page.wait_for_url("**/docs/book/howto/docker.html")
+    assert page.locator("h1").first.inner_text().startswith("Run in Docker")
+    page.locator("article").get_by_role("link", name="Back it up").click()
+    page.wait_for_url("**/docs/book/howto/backup.html")
+    assert page.locator("h1").first.inner_text().startswith("Back up and restore")
+    styled = page.evaluate("getComputedStyle(document.querySelector('article h1')).fontFamily")
+    assert "sans" in styled, "with its style sheets"
 
 
 def test_swagger_executes_a_prediction(visit):
@@ -240,6 +285,52 @@ def test_latency_that_the_gateway_adds_is_small(system):
     assert median(f"{system.url}/api/predict") < direct + 0.01
 
 
+# ── MLflow alone, and with names and passwords ────────────────────────────────────────────────────────────────────────
+
+def test_mlflow_ends_by_itself(tmp_path):
+    "Within the time that Compose gives it; also while somebody is connected."
+    port = free_port()
+    project = small_project(tmp_path / "project", 10)
+    program = Program("mlflow", [sys.executable, "-m", "income_mlops.mlserver"], project,
+                      DYNACONF_MLFLOW__PORT=str(port))
+    try:
+        program.wait(f"http://127.0.0.1:{port}/health", 180)
+        with httpx.Client() as client:
+            assert client.get(f"http://127.0.0.1:{port}/health").status_code == 200
+            assert program.stop() < 15
+        wait_for(lambda: status(f"http://127.0.0.1:{port}/health") == 0, 5, "nobody listens any more")
+    finally:
+        program.stop(signal.SIGKILL)
+
+
+@pytest.mark.full
+@pytest.mark.timeout(600)
+def test_mlflow_with_names_and_passwords(tmp_path):
+    "Through the gateway: pages, a client, a worker that trains; and a password that is changed where it is kept."
+    words = {"MLFLOW_AUTH_ADMIN_USERNAME": "me", "MLFLOW_AUTH_ADMIN_PASSWORD": "the first words",
+             "MLFLOW_FLASK_SERVER_SECRET_KEY": "a key", "MLFLOW_TRACKING_USERNAME": "me",
+             "MLFLOW_TRACKING_PASSWORD": "the first words"}
+    system = System(tmp_path, DYNACONF_MLFLOW__AUTHENTICATION="true", DYNACONF_MODELS="XGBoost",
+                    DYNACONF_OPTIMIZATION__INITIAL_N_TRIALS="1", DYNACONF_JOBS__SCHEDULING="normal", **words)
+    found = f"{system.url}/mlflow/api/2.0/mlflow/experiments/get-by-name?experiment_name=adult-income"
+
+    def asked(password: str | None) -> int:
+        return httpx.get(found, auth=("me", password) if password else None, timeout=30).status_code
+    try:
+        system.start("worker", ["-m", "income_mlops.cli", "worker"])
+        wait_for(lambda: httpx.get(f"{system.url}/api/ready").status_code == 200, 240, "a first model is served")
+        assert [asked(None), asked("other words"), asked("the first words")] == [401, 401, 200]
+        assert httpx.get(f"{system.url}/mlflow/").status_code == 401
+        assert "XGBoost" in system.command("models")
+        system.mlflow.stop(seconds=30)
+        system.env["MLFLOW_AUTH_ADMIN_PASSWORD"] = "the second words"
+        system.start("mlflow", ["-m", "income_mlops.mlserver"], DYNACONF_MLFLOW__TRACKING_URI="").wait(
+            f"{system.url}/mlflow/health", 180)
+        assert [asked("the first words"), asked("the second words")] == [401, 200]
+    finally:
+        system.stop()
+
+
 # ── nginx alone ───────────────────────────────────────────────────────────────────────────────────────────────────────
 
 @pytest.fixture
@@ -299,6 +390,73 @@ def test_name_that_nobody_knows_yet_is_no_reason_not_to_start(gateway):
     assert httpx.get(f"{g.url}/api/health").status_code == 502
 
 
+def test_address_is_kept_while_its_name_is_not_found(gateway, tmp_path):
+    "A look-up that fails takes no door away; one that gives another address moves it."
+    from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+    class Hello(BaseHTTPRequestHandler):
+        def do_GET(self):
+            self.send_response(200)
+            self.send_header("Content-Length", "0")
+            self.end_headers()
+
+    getent, known, asked = tmp_path / "bin" / "getent", tmp_path / "known", tmp_path / "asked"
+    getent.parent.mkdir()
+    getent.write_text(f"#!/bin/sh\necho >>{asked}\ncat {known}\n")
+    getent.chmod(0o755)
+    known.write_text("127.0.0.1 STREAM backend\n")
+    with ThreadingHTTPServer(("127.0.0.1", 0), Hello) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        g = gateway(API=f"backend:{server.server_port}", PATH=f"{getent.parent}:{PATH}")
+        assert httpx.get(f"{g.url}/api/health").status_code == 200
+        for addresses, code in (("", 200), ("127.0.0.9 STREAM backend\n", 502), ("", 502),
+                                ("127.0.0.1 STREAM backend\n", 200)):
+            known.write_text(addresses)
+            seen = asked.stat().st_size
+            wait_for(lambda seen=seen: asked.stat().st_size >= seen + 2, 20, "the name is looked up twice")
+            wait_for(lambda code=code: httpx.get(f"{g.url}/api/health").status_code == code, 10, (addresses, code))
+        server.shutdown()
+
+
+def kept_in_files(gateway) -> int:
+    "Bytes that nginx has put aside, in files that may have no name any more."
+    files = {}
+    for folder in Path("/proc").glob("[0-9]*/fd"):
+        with suppress(OSError):
+            for number in folder.iterdir():
+                if os.readlink(number).startswith(f"{gateway.run}/") and number.stat().st_size:
+                    files[number.stat().st_ino] = number.stat().st_size
+    return sum(files.values())
+
+
+def test_nothing_on_its_way_is_kept_in_files(gateway):
+    "Not a request whose service does not read it yet, nor an answer that its client reads slowly: /tmp is memory."
+    with socket.create_server(("127.0.0.1", 0)) as service:
+        service.settimeout(10)
+        port = service.getsockname()[1]
+        g = gateway(API=f"127.0.0.1:{port}", FRONTEND=f"127.0.0.1:{port}", MLFLOW=f"127.0.0.1:{port}")
+        for path, size in (("/api/predict", 15 * MIB), ("/mlflow/artifact", 100 * MIB), ("/frontend/x", MIB)):
+            with socket.create_connection(("127.0.0.1", g.port)) as client:
+                client.sendall(f"POST {path} HTTP/1.1\r\nHost: localhost\r\nContent-Length: {size}\r\n\r\n".encode())
+                client.settimeout(1)
+                with suppress(TimeoutError):
+                    client.sendall(b" " * (size - 1))
+                asked, _ = service.accept()
+                with asked, suppress(TimeoutError):
+                    assert kept_in_files(g) == 0, path
+                    asked.recv(100_000)
+                    asked.settimeout(1)
+                    asked.sendall(b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n" % (50 * MIB) + b" " * (50 * MIB))
+                assert kept_in_files(g) == 0, path
+        answer = httpx.post(f"{g.url}/frontend/upload", content=b" " * (2 * MIB))
+        assert answer.status_code == 413, "files for the dashboard come by its websocket"
+
+
+def test_answers_say_which_commit_the_gateway_is_of(gateway):
+    assert httpx.get(gateway(REVISION="0" * 40).url).headers["X-Revision"] == "0" * 40
+    assert "X-Revision" not in httpx.get(gateway().url).headers
+
+
 def test_names_of_the_system_are_configured(gateway):
     g = gateway(PUBLIC_HOSTS="ml.example,*.ml.example")
     for host, code in [("ml.example", 200), ("a.ml.example:8080", 200), ("127.0.0.1", 421), ("ml.example.evil", 421)]:
@@ -314,7 +472,7 @@ def test_slow_service_is_given_up_with_json(gateway, tmp_path):
 
 
 @pytest.mark.parametrize(("name", "value"), [("RATE", "many"), ("API", "a;b"), ("PUBLIC_HOSTS", "$host"),
-                                             ("RUN", "a\nb")])
+                                             ("RUN", "a\nb"), ("PUBLIC_HOSTS", "income.example:8443")])
 def test_wrong_value_is_named(name, value, tmp_path):
     done = subprocess.run([START, "--check"], env={"PATH": PATH, "RUN": str(tmp_path), name: value}, text=True,
                           capture_output=True)

@@ -1,14 +1,16 @@
-"""Builds the five images from their Dockerfiles with podman and runs both Compose files with them.
+"""Builds the five images from their Dockerfiles with podman, runs each alone, and both Compose files with them.
 
     make images-test
 
 Asks no registry for anything it can make: if docker.io cannot be reached, the base images are made from Debian's
 packages, PostgreSQL's too. Needs root, podman and what CONTRIBUTING.md lists. What a machine lacks for containers at
-all is said in a line that begins with SKIPPED, and is no failure; everything after that is one.
+all is said in a line that begins with SKIPPED, and is a failure only with CI_IMAGES=required; everything after that is
+one. If all has passed, `docker/images-tested.json` says so: see tools/images_stamp.py.
 """
 import argparse
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -25,8 +27,9 @@ from typing import Any
 import httpx
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT / "tests"))
+sys.path[:0] = [str(ROOT / "tests"), str(ROOT / "tools")]
 
+import images_stamp  # noqa: E402
 from gateway_helpers import CHROMIUM, Page, browser  # noqa: E402
 from helpers import free_port, wait_for  # noqa: E402
 from intake_helpers import LINES, csv  # noqa: E402
@@ -35,6 +38,10 @@ PROGRAMS = ("podman", "runc", "mmdebstrap", "iptables", "catatonit")
 DEBIAN, PYTHON, POSTGRES = (f"docker.io/library/{n}" for n in (
     "debian:bookworm-slim", "python:3.11-slim-bookworm", "postgres:17-bookworm"))
 IMAGES = {"nginx-custom": "nginx", "backend": "backend", "mlflow": "mlflow", "frontend": "frontend", "docs": "docs"}
+# Alone: its port, and a page that it answers with.
+ALONE = {"nginx-custom": (80, "/"), "backend": (8080, "/openapi.json"), "docs": (8000, "/"), "frontend": (8501, "/"),
+         "mlflow": (5000, "/api/2.0/mlflow/experiments/get?experiment_id=0")}
+PUBLIC = "income.example"  # a name as in service: no container is called by it from inside
 CA = Path(os.environ.get("SSL_CERT_FILE") or "/etc/ssl/certs/ca-certificates.crt")
 CONTAINERS = """
 [containers]
@@ -126,6 +133,13 @@ class Podman:
         self("build", "--isolation", "chroot", "--pull=never", "--format", "docker", "--network", "host",
              "-t", image, *words, folder)
 
+    def pull(self, image: str) -> bool:
+        "Whether a registry gave it; one that never answers did not."
+        try:
+            return self.try_("pull", "-q", image, timeout=600).returncode == 0
+        except subprocess.TimeoutExpired:
+            return False
+
     def clear(self) -> None:
         "Ends what an earlier or this run has started; images stay."
         for _ in range(5):  # one that another one needs goes after that one
@@ -140,22 +154,25 @@ class Podman:
 def base_images(podman: Podman) -> None:
     "From the registry; if it cannot be reached, from Debian's packages."
     wanted = (DEBIAN, PYTHON, POSTGRES)
-    if all(podman.try_("image", "exists", name).returncode == 0 for name in wanted):
+    made = podman.folder / "base"  # how they were made
+    if made.exists() and all(podman.try_("image", "exists", name).returncode == 0 for name in wanted):
         return
-    if all(podman.try_("pull", "-q", name, timeout=600).returncode == 0 for name in wanted):
+    if all(podman.pull(name) for name in wanted):
+        made.write_text("from docker.io")
         return say("base images: from the registry")
     with tempfile.TemporaryDirectory() as d:
         folder = Path(d)
-        made = subprocess.run(
+        done = subprocess.run(
             ["mmdebstrap", "--quiet", "--variant=minbase", "--include=python3,python3-venv,python3-pip,ca-certificates",
              "bookworm", folder / "base.tar", "http://deb.debian.org/debian"], capture_output=True, text=True)
-        if made.returncode:
-            raise Lacking(f"neither docker.io nor Debian's packages can be reached: {made.stderr[-500:]}")
+        if done.returncode:
+            raise Lacking(f"neither docker.io nor Debian's packages can be reached: {done.stderr[-500:]}")
         podman("import", folder / "base.tar", DEBIAN)
         for image, text in ((PYTHON, AS_PYTHON), (POSTGRES, AS_POSTGRES)):
             (folder / "Dockerfile").write_text(text)
             (folder / "start").write_text(START_POSTGRES)
             podman.build(image, folder)
+    made.write_text("made of Debian's packages")
     say("base images: made from Debian's packages, as docker.io cannot be reached")
 
 
@@ -196,7 +213,8 @@ def prepare(folder: Path) -> Podman:
 
 # ── building ──────────────────────────────────────────────────────────────────────────────────────────────────────────
 
-def build(podman: Podman, name: str) -> None:
+def build(podman: Podman, name: str) -> int:
+    "Its size in MB."
     start = time.monotonic()
     index = os.environ.get("UV_DEFAULT_INDEX") or os.environ.get("PIP_INDEX_URL") or "https://pypi.org/simple"
     mounted = ("-v", f"{CA}:{CA}:ro", "--build-arg", f"CA_FILE={CA}") if CA.exists() else ()
@@ -206,9 +224,41 @@ def build(podman: Podman, name: str) -> None:
     base = int(podman("image", "inspect", "--format", "{{.Size}}", DEBIAN))
     say(f"built {name:13} {size / 1e6:5.0f} MB, {(size - base) / 1e6:4.0f} of them not Debian's; "
         f"{time.monotonic() - start:.0f} s")
+    return round(size / 1e6)
+
+
+def alone(podman: Podman, name: str) -> None:
+    "As with `docker run -p`: healthy by its own check, answers from here, ends by itself within 15 s."
+    port, page = ALONE[name]
+    url, start = f"http://127.0.0.1:{free_port()}", time.monotonic()
+    try:
+        # as Docker has it without being asked
+        podman("run", "-d", "--name", "alone", "--sysctl", "net.ipv4.ip_unprivileged_port_start=0",
+               "-p", f"{url.removeprefix('http://')}:{port}", f"localhost/{name}:dev")
+        try:
+            wait_for(lambda: podman.try_("healthcheck", "run", "alone").returncode == 0, 240, f"{name} is healthy")
+            took = time.monotonic() - start
+            answer = httpx.get(url + page, timeout=120, trust_env=False)
+            assert answer.status_code == 200 and answer.content, (name, answer.status_code, answer.text[:500])
+        except (AssertionError, httpx.HTTPError) as e:
+            said = podman.try_("logs", "--tail", "60", "alone")
+            raise RuntimeError(f"{name} alone: {e}\n{said.stdout}{said.stderr}") from None
+        start = time.monotonic()
+        podman("stop", "-t", "15", "alone")
+        code = podman("inspect", "--format", "{{.State.ExitCode}}", "alone")
+        say(f"{name} alone: healthy after {took:.0f} s, stopped in {time.monotonic() - start:.0f} s (exit {code})")
+        assert time.monotonic() - start < 15 and code != "137", (name, code)
+    finally:
+        podman.clear()
 
 
 # ── running ───────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+def megabytes(text: str) -> float:
+    "Of a size as podman writes it."
+    number, unit = re.fullmatch(r"([\d.]+)\s*([kMG]?)i?B", text.strip()).groups()  # type: ignore[union-attr]
+    return float(number) * {"": 1e-6, "k": 1e-3, "M": 1, "G": 1e3}[unit]
+
 
 class Stack:
     "What a Compose file describes, as podman-compose starts it."
@@ -270,10 +320,17 @@ class Stack:
             assert self.podman.try_("exec", self.container(s), "touch", "/here").returncode, f"{s} writes its root"
             assert int(self.told(s, ".HostConfig.Memory")) > 0, s
 
-    def memory(self) -> None:
-        used = json.loads(self.podman("stats", "--no-stream", "--format", "json"))
-        said = sorted(f"{u['name'].split('_')[1]} {u['mem_usage'].replace(' ', '')}" for u in used)
-        say(f"{self.file}: memory {', '.join(said)}")
+    def memory(self) -> dict[str, dict[str, Any]]:
+        "Of each service: its image, what it uses, and what it may use, in MB."
+        said: dict[str, dict[str, Any]] = {}
+        for service in sorted(self.services):
+            used = json.loads(self.podman("stats", "--no-stream", "--format", "json", self.container(service)))[0]
+            said[service] = {"image": self.told(service, ".ImageName").rsplit("/", 1)[-1].split(":")[0],
+                             "used": round(megabytes(used["mem_usage"].split("/")[0])),
+                             "limit": round(int(self.told(service, ".HostConfig.Memory")) / 1e6)}
+        told = ", ".join(f"{s} {m['used']} of {m['limit']} MB" for s, m in said.items())
+        say(f"{self.file}: memory {told}")
+        return said
 
     def kill(self, service: str, recovered: Callable[[], Any]) -> None:
         "Its first process ends without a word, as for want of memory; the restart policy brings it back."
@@ -328,7 +385,7 @@ def use(stack: Stack, api: httpx.Client, key: str) -> None:
 
 def open_doors(stack: Stack, api: str, mlflow: str, dashboard: str, book: str, **context: Any) -> None:
     "In a browser: each page is there, does something, and asks nobody else for anything."
-    with browser() as chromium:
+    with browser(PUBLIC) as chromium:
         def visit(url: str, **more: Any) -> Page:
             opened = Page(chromium, url.split("/", 3)[0] + "//" + url.split("/")[2], **more)
             opened.page.set_default_timeout(60_000)
@@ -367,10 +424,34 @@ def on_this_machine(podman: Podman) -> None:
         stack.stop()
 
 
-def in_service(podman: Podman) -> None:
+def with_postgresql(podman: Podman) -> None:
+    "The profile on this machine, with nothing set but the password."
+    ports = {n: str(free_port()) for n in ("API_PORT", "MLFLOW_PORT", "FRONTEND_PORT", "DOCS_PORT")}
+    with running(podman, "docker-compose.yaml", "postgres mlflow backend worker frontend docs", "postgres",
+                 POSTGRES_PASSWORD=token_hex(16), **ports) as stack, \
+            httpx.Client(base_url=f"http://127.0.0.1:{ports['API_PORT']}", timeout=60, trust_env=False) as client:
+        stack.wait(lambda: client.get("/ready").status_code == 200, 400, "a first model is served")
+        client.post("/predict", json={"data": PERSON}).raise_for_status()
+        is_in_postgresql(stack)
+        say("docker-compose.yaml with --profile postgres: trains and predicts")
+        stack.stop()
+
+
+def is_in_postgresql(stack: Stack) -> None:
+    for database, table in (("mlflow", "runs"), ("jobs", "jobs"), ("studies", "trials")):
+        rows = stack.podman("exec", stack.container("postgres"), "psql", "-At", "-U", "mlflow", "-d", database, "-c",
+                            f"table {table}")
+        assert rows, (database, table)
+    files = stack.podman("exec", stack.container("backend"), "find", "/state", "-name", "*.db")
+    assert [f for f in files.splitlines() if "auth" not in f] == [], "everything is in PostgreSQL"
+
+
+def in_service(podman: Podman) -> dict[str, dict[str, Any]]:
+    "Memory of each service."
     port = str(free_port())
-    url, words, phrase = f"http://127.0.0.1:{port}", token_hex(16), token_hex(16)
-    secrets = {"REGISTRY": "localhost", "TAG": "dev", "PUBLIC_HOSTS": "127.0.0.1,localhost", "HTTP_PORT": port,
+    url, words, phrase = f"http://{PUBLIC}:{port}", token_hex(16), token_hex(16)
+    here, named = f"http://127.0.0.1:{port}", {"Host": f"{PUBLIC}:{port}"}
+    secrets = {"REGISTRY": "localhost", "TAG": "dev", "PUBLIC_HOSTS": PUBLIC, "HTTP_PORT": port,
                "API_KEY": token_hex(16), "MLFLOW_USERNAME": "me", "MLFLOW_PASSWORD": words, "MLFLOW_SECRET_KEY": words,
                "POSTGRES_PASSWORD": phrase, "DATABASE": f"mlflow:{phrase}@postgres:5432"}
     services = "postgres mlflow backend worker frontend docs nginx"
@@ -378,50 +459,65 @@ def in_service(podman: Podman) -> None:
     done = refused.compose("up", "-d", "--no-build")
     assert done.returncode and "API_KEY" in done.stderr and not podman("ps", "-a", "-q"), done.stderr
     with running(podman, "docker-compose.prod.yml", services, "postgres", **secrets) as stack, \
-            httpx.Client(base_url=f"{url}/api", timeout=60, trust_env=False) as client:
+            httpx.Client(base_url=f"{here}/api", timeout=60, trust_env=False, headers=named) as client:
         stack.check_rights()
+        assert httpx.get(f"{here}/api/health", trust_env=False).status_code == 421, "by an address, not its name"
         published = [s for s in stack.services if podman("port", stack.container(s))]
         assert published == ["nginx"], published
         use(stack, client, secrets["API_KEY"])
-        runs = f"{url}/mlflow/api/2.0/mlflow/experiments/get-by-name?experiment_name=adult-income"
-        assert [httpx.get(runs, auth=a, trust_env=False).status_code for a in (None, ("me", words))] == [401, 200]
+        runs = f"{here}/mlflow/api/2.0/mlflow/experiments/get-by-name?experiment_name=adult-income"
+        assert [httpx.get(runs, auth=a, trust_env=False, headers=named).status_code
+                for a in (None, ("me", words))] == [401, 200]
         open_doors(stack, f"{url}/api", f"{url}/mlflow", f"{url}/frontend", f"{url}/docs",
                    http_credentials={"username": "me", "password": words})
-        for database, table in (("mlflow", "runs"), ("jobs", "jobs"), ("studies", "trials")):
-            rows = podman("exec", stack.container("postgres"), "psql", "-At", "-U", "mlflow", "-d", database, "-c",
-                           f"table {table}")
-            assert rows, (database, table)
-        files = podman("exec", stack.container("backend"), "find", "/state", "-name", "*.db")
-        assert [f for f in files.splitlines() if "auth" not in f] == [], "everything is in PostgreSQL"
-        stack.memory()
+        is_in_postgresql(stack)
+        memory = stack.memory()
         stack.kill("backend", lambda: client.get("/ready").status_code == 200)
         stack.kill("worker", lambda: True)
         stack.kill("nginx", lambda: client.get("/ready").status_code == 200)
         stack.stop()
+    return memory
 
 
-def main() -> None:
+def test(podman: Podman, only: str | None) -> None:
+    tested, sizes, memory = images_stamp.digest(), {}, {}
+    if only in (None, "build"):
+        sizes = {name: build(podman, name) for name in IMAGES}
+    if only in (None, "alone"):
+        for name in IMAGES:
+            alone(podman, name)
+    if only in (None, "machine"):
+        on_this_machine(podman)
+    if only in (None, "postgres"):
+        with_postgresql(podman)
+    if only in (None, "service"):
+        memory = in_service(podman)
+    if only:
+        return say(f"{only}: passed")
+    version = podman("version", "--format", "{{.Client.Version}}")
+    images_stamp.write(tested, version, (podman.folder / "base").read_text(), sizes, memory)
+    say("the images, each alone, and both Compose files work")
+    print(f"── images: commit {images_stamp.STAMP} and {images_stamp.PAGE}, which say so")
+
+
+def main() -> int:
     parser = argparse.ArgumentParser(description="Build the images and run them.")
     parser.add_argument("--storage", type=Path, default=ROOT / ".tools" / "images", help="where the images are kept")
-    parser.add_argument("--only", choices=["build", "machine", "service"], help="one part, with images built before")
+    parser.add_argument("--only", choices=["build", "alone", "machine", "postgres", "service"],
+                        help="one part, with images built before")
     chosen = parser.parse_args()
     try:
         podman = prepare(chosen.storage.resolve())
     except Lacking as e:
-        print(f"── images: SKIPPED, which is no failure: {e}")
-        return
+        required = os.environ.get("CI_IMAGES") == "required"
+        print(f"── images: SKIPPED, {'but CI_IMAGES=required' if required else 'nothing was tested'}: {e}")
+        return int(required)
     try:
-        if chosen.only in (None, "build"):
-            for name in IMAGES:
-                build(podman, name)
-        if chosen.only in (None, "machine"):
-            on_this_machine(podman)
-        if chosen.only in (None, "service"):
-            in_service(podman)
+        test(podman, chosen.only)
     finally:
         podman.clear()
-    say("images and both Compose files work")
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())
