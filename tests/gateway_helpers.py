@@ -13,6 +13,7 @@ import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 
+from helpers import wait_for
 from training_helpers import free_port
 
 ROOT = Path(__file__).parent.parent
@@ -32,14 +33,6 @@ def status(url: str) -> int:
         return e.code
     except OSError:
         return 0
-
-
-def wait_for(condition, seconds: float, what: str):
-    until = time.monotonic() + seconds
-    while not (found := condition()):
-        assert time.monotonic() < until, f"{what}: not within {seconds} s"
-        time.sleep(0.1)
-    return found
 
 
 class Program:

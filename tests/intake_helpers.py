@@ -5,7 +5,6 @@ import sqlite3
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -146,11 +145,3 @@ def check_queue(settings: Settings) -> None:
     if (file := settings.state / "jobs.db").exists():
         with sqlite3.connect(file) as c:
             assert c.execute("PRAGMA integrity_check").fetchone() == ("ok",)
-
-
-def wait_until(condition: Callable[[], Any], seconds: float = 30) -> Any:
-    end = time.monotonic() + seconds
-    while not (told := condition()):
-        assert time.monotonic() < end, f"waited {seconds} s; {told!r}"
-        time.sleep(0.05)
-    return told

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import psutil
 import pytest
+from helpers import wait_for
 
 from income_mlops import diffs, registry, uploads
 from income_mlops.data import read_table
@@ -71,15 +72,6 @@ def upload(settings: Settings, table, name: str) -> str:
     file = settings.root / name
     table.write_csv(file)
     return uploads.receive(settings, file, name, "a test")[0].id
-
-
-def wait_for(what, seconds: float = 120, message: str = ""):
-    "The first true value of `what()`."
-    until = time.monotonic() + seconds
-    while not (value := what()):
-        assert time.monotonic() < until, f"waited {seconds} s: {message}"
-        time.sleep(0.1)
-    return value
 
 
 class Worker:

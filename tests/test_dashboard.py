@@ -7,7 +7,6 @@ import re
 import signal
 import subprocess
 import sys
-import time
 import urllib.request
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -16,6 +15,7 @@ import httpx
 import psutil
 import pytest
 from gateway_helpers import CHROMIUM
+from helpers import wait_for
 from intake_helpers import LINES, fresh
 from intake_helpers import csv as as_csv
 from job_helpers import INI, new_project
@@ -38,22 +38,13 @@ def there(url: str) -> bool:
         return False
 
 
-def wait_for(condition, seconds: float, what: str):
-    until = time.monotonic() + seconds
-    while not (found := condition()):
-        assert time.monotonic() < until, f"waited {seconds} s for {what}"
-        time.sleep(0.1)
-    return found
-
-
 class Services:
     "`serve` with its worker, and `dashboard`, in a project of real rows."
 
     def __init__(self, folder: Path, free_port):
         self.free = free_port
         new_project(folder)
-        text = INI.format(tracking_uri="", storage="", jobs="").replace("models = RandomForest",
-                                                                        "models = XGBoost, RandomForest")
+        text = INI.format(tracking_uri="", storage="", jobs="", models="XGBoost, RandomForest", trials=1, state="var")
         text = text.replace('missing = "?"', 'missing = "?"\ngroups = sex, race, age')
         self.ports = {"serving": free_port(), "dashboard": free_port()}
         self.api, self.page = (f"http://127.0.0.1:{self.ports[k]}" for k in ("serving", "dashboard"))

@@ -23,7 +23,7 @@ from intake_helpers import (
     fresh,
     make_project,
     remains,
-    wait_until,
+    wait_for,
 )
 from job_helpers import assert_clean, assert_no_noise, new_project, postgres, wait_until_over, workers
 from job_helpers import rows as all_rows
@@ -55,7 +55,7 @@ def kill_and_look(settings, kills, seed):
     rng, acknowledged, lost = random.Random(seed), {}, 0
     for turn in range(kills + 1):
         with IntakeApi(settings) as api:
-            wait_until(lambda: not remains(settings))  # what the one before has left is cleared away
+            wait_for(lambda: not remains(settings))  # what the one before has left is cleared away
             here, jobs = {u["id"]: u["jobs"] for u in api.get("/uploads")}, api.get("/jobs?limit=1000")
             assert check_uploads(settings) == set(here)
             check_queue(settings)
@@ -101,7 +101,7 @@ def test_a_job_whose_upload_nobody_was_told_of_finds_it(tmp_path):
     file, name = upload_of(settings, job.upload, job.id)
     assert file.is_file() and name == "new.csv" and check_uploads(settings) == {job.upload}
     with IntakeApi(settings) as api:
-        wait_until(lambda: not remains(settings))
+        wait_for(lambda: not remains(settings))
         same = api.send(fresh(1))
         assert same.status_code == 200 and same.json()["job_id"] == job.id
 
@@ -171,7 +171,7 @@ def test_killed_at_random_moments_beside_a_worker(tmp_path):
     """A real worker takes the jobs at once; none of them fails for want of its upload."""
     settings, rng, acknowledged, cut = new_project(tmp_path), random.Random(3), {}, 0
     with workers(settings) as running:
-        first = wait_until(lambda: Queue(settings).list(), 120)
+        first = wait_for(lambda: Queue(settings).list(), 120)
         wait_until_over(settings, first, 400)
         for turn in range(8):
             with IntakeApi(settings, fault=SLOW) as api:
@@ -186,7 +186,7 @@ def test_killed_at_random_moments_beside_a_worker(tmp_path):
         done = wait_until_over(settings, Queue(settings).list(limit=1000), 1000)
         assert running[0].stop() < 15
     with IntakeApi(settings):
-        wait_until(lambda: not remains(settings))
+        wait_for(lambda: not remains(settings))
     print(f"{len(acknowledged)} acknowledged, {cut} cut off, {len(done)} jobs")
     assert cut and len(done) > 3
     assert all(j.state == "succeeded" for j in done), [(j.id, j.error) for j in done if j.state != "succeeded"]
@@ -209,7 +209,7 @@ def ten_uploads(settings):
     parts[bad] = parts[bad].with_columns(pl.col("age") * 100, pl.col("hours-per-week") * 1000,
                                          pl.lit(">50K").alias("income"))
     with workers(settings, 2) as running, IntakeApi(settings) as api:
-        first, = wait_until_over(settings, wait_until(queue.list, 120), 400)
+        first, = wait_until_over(settings, wait_for(queue.list, 120), 400)
         together = threading.Barrier(10)
 
         def send(n):
@@ -221,7 +221,7 @@ def ten_uploads(settings):
             answers = list(pool.map(send, range(10)))
         assert [a.status_code for a in answers] == [202] * 10
         ids = [a.json()["job_id"] for a in answers]
-        wait_until(lambda: all(queue.get(i).is_over for i in ids), 2400)
+        wait_for(lambda: all(queue.get(i).is_over for i in ids), 2400)
         done = [queue.get(i) for i in ids]
         assert len(queue.list(limit=1000)) == 11 and len(api.get("/uploads")) == len(set(ids)) == 10, "no loss"
         for worker in running:
@@ -262,10 +262,10 @@ def test_helpers_end_with_their_service(tmp_path):
     for how in (signal.SIGKILL, signal.SIGTERM):
         with IntakeApi(settings) as api:
             threads = send_some(api, range(2), [])
-            wait_until(lambda api=api: psutil.Process(api.process.pid).children())
+            wait_for(lambda api=api: psutil.Process(api.process.pid).children())
             helpers = psutil.Process(api.process.pid).children()
             assert api.stop(how) < 10
-            wait_until(lambda helpers=helpers: not any(h.is_running() and h.status() != "zombie" for h in helpers))
+            wait_for(lambda helpers=helpers: not any(h.is_running() and h.status() != "zombie" for h in helpers))
             for thread in threads:
                 thread.join()
 
@@ -298,7 +298,7 @@ def test_a_full_disk_is_said_and_nothing_is_corrupt(tmp_path, small_disk):
             jobs = len(Queue(settings).list(limit=1000))
             answer = api.send(large)
             told.append(answer.status_code)
-            wait_until(lambda: not remains(settings))
+            wait_for(lambda: not remains(settings))
             if answer.status_code == 507:
                 assert "no space left" in answer.json()["detail"]
                 assert check_uploads(settings) == {kept} and len(Queue(settings).list(limit=1000)) == jobs
@@ -358,7 +358,7 @@ def test_predictions_go_on_while_a_large_upload_is_looked_through(tmp_path):
     code = "import httpx, sys; print(httpx.post(sys.argv[1], files={'file': open(sys.argv[2], 'rb')}, timeout=600, " \
            "headers={'X-API-Key': sys.argv[3]}).text)"
     with IntakeApi(settings) as api:
-        wait_until(lambda: api.get("/health")["ready"], 60)
+        wait_for(lambda: api.get("/health")["ready"], 60)
         latencies(api.url, rows.requests[0], 1, 20)
         idle = latencies(api.url, rows.requests[0], 4, 20)
         memory = api.memory()
