@@ -69,7 +69,8 @@ class Upload(BaseModel):
     @property
     def jobs(self) -> tuple[str, ...]:
         "Ids under which jobs were to be entered for it, first to last. Not each of them needs to exist."
-        return tuple((self.folder / "jobs").read_text().split())
+        file = self.folder / "jobs"  # uploads of earlier versions have none
+        return tuple(file.read_text().split()) if file.exists() else ()
 
 
 class Deletion(BaseModel):
