@@ -954,7 +954,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                       'income_mlops.outlook.Outlook.start': ('outlook.html#outlook.start', 'income_mlops/outlook.py'),
                                       'income_mlops.outlook.Outlook.stop': ('outlook.html#outlook.stop', 'income_mlops/outlook.py'),
                                       'income_mlops.outlook._told': ('outlook.html#_told', 'income_mlops/outlook.py')},
-            'income_mlops.page': { 'income_mlops.page._template': ('page.html#_template', 'income_mlops/page.py'),
+            'income_mlops.page': { 'income_mlops.page._templates': ('page.html#_templates', 'income_mlops/page.py'),
                                    'income_mlops.page.fill': ('page.html#fill', 'income_mlops/page.py')},
             'income_mlops.panels': { 'income_mlops.panels._cards': ('panels.html#_cards', 'income_mlops/panels.py'),
                                      'income_mlops.panels._figures': ('panels.html#_figures', 'income_mlops/panels.py'),
