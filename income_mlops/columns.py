@@ -22,8 +22,8 @@ from .data import DataError
 from .quantiles import Quantiles
 
 # %% ../nbs/04_columns.ipynb #fcf63de7
-class ColumnProfile(BaseModel):
-    "One column of one table, condensed. Merge two with `merge_columns`."
+class _Kept(BaseModel):
+    "What is kept of a column."
     model_config = ConfigDict(frozen=True, extra="forbid")
     name: str
     kind: Literal["number", "category"]
@@ -54,6 +54,10 @@ class ColumnProfile(BaseModel):
     "The smallest hashes past the bound, base64."
     bound: int = 4096
 
+# %% ../nbs/04_columns.ipynb #915d3fab
+class _Described(_Kept):
+    "What follows from sums over all values: exact always."
+
     @property
     def present(self) -> int:
         "Values that are neither missing nor infinite."
@@ -62,20 +66,6 @@ class ColumnProfile(BaseModel):
     @property
     def missing_share(self) -> float:
         return self.missing / self.rows if self.rows else 0.0
-
-    @property
-    def distinct(self) -> int:
-        "Distinct values; an estimate (relative standard error 1/√bound) if not `exact`."
-        return len(self.values) if self.exact else distinct_estimate(unpack(self.hashes), self.bound)
-
-    @property
-    def rank_error(self) -> float:
-        "Largest error (99 % confidence) of any cumulative share that the profile gives; 0 where it is exact."
-        return 0.0 if self.sketch is None else quantiles.unpack(self.sketch).rank_error
-
-    @property
-    def constant(self) -> bool:
-        return self.exact and len(self.values) == 1
 
     @property
     def mean(self) -> float | None:
@@ -100,6 +90,24 @@ class ColumnProfile(BaseModel):
     @property
     def length_mean(self) -> float | None:
         return self.length[2] / self.present if self.length and self.present else None
+
+# %% ../nbs/04_columns.ipynb #0d83b26a
+class ColumnProfile(_Described):
+    "One column of one table, condensed. Merge two with `merge_columns`."
+
+    @property
+    def distinct(self) -> int:
+        "Distinct values; an estimate (relative standard error 1/√bound) if not `exact`."
+        return len(self.values) if self.exact else distinct_estimate(unpack(self.hashes), self.bound)
+
+    @property
+    def rank_error(self) -> float:
+        "Largest error (99 % confidence) of any cumulative share that the profile gives; 0 where it is exact."
+        return 0.0 if self.sketch is None else quantiles.unpack(self.sketch).rank_error
+
+    @property
+    def constant(self) -> bool:
+        return self.exact and len(self.values) == 1
 
     def top(self, n: int = 10) -> list[tuple[Any, int]]:
         "The `n` most frequent values with their counts."
@@ -155,7 +163,7 @@ def plain(
             out.append(c.cast(pl.String))
     return frame.select(out)
 
-
+# %% ../nbs/04_columns.ipynb #1c43c99f
 def _numbers(name: str, rows: int, missing: int, values: NDArray[np.float64], counts: NDArray[np.float64],
              bound: int) -> ColumnProfile:
     finite = np.isfinite(values)
@@ -241,7 +249,7 @@ def _merge_numbers(a: ColumnProfile, b: ColumnProfile, shared: dict[str, Any]) -
                          sketch=quantiles.pack(sketch),
                          hashes=pack(smallest(np.concatenate(hashes), a.bound)))
 
-
+# %% ../nbs/04_columns.ipynb #b82e9706
 def _merge_texts(a: ColumnProfile, b: ColumnProfile, shared: dict[str, Any]) -> ColumnProfile:
     counts = dict(zip(a.values, a.counts, strict=True))
     for level, n in zip(b.values, b.counts, strict=True):

@@ -19,12 +19,17 @@ def _leaves(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
         flat |= _leaves(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
     return flat
 
-
+# %% ../nbs/00a_origins.ipynb #599dc8cd
 def _from_environment(key: str) -> str | None:
     "The variable that sets `key` or the section it is in."
     words = key.upper().split(".")
     names = {"__".join([f"{ENV_PREFIX}_{words[0]}", *words[1:n]]) for n in range(1, len(words) + 1)}
     return next((v for v in os.environ if v.upper() in names), None)
+
+# %% ../nbs/00a_origins.ipynb #4da2dadd
+def _without_password(value: Any) -> Any:
+    "An address may hold one, between the user's name and the host."
+    return re.sub(r"(://[^:/@]*):[^@/]*@", r"\1:********@", value) if isinstance(value, str) else value
 
 # %% ../nbs/00a_origins.ipynb #72584f4c
 def effective(
@@ -38,8 +43,3 @@ def effective(
         secret = key.endswith("api_key") and value
         rows.append((key, "********" if secret else _without_password(value), origin))
     return rows
-
-
-def _without_password(value: Any) -> Any:
-    "An address may hold one, between the user's name and the host."
-    return re.sub(r"(://[^:/@]*):[^@/]*@", r"\1:********@", value) if isinstance(value, str) else value

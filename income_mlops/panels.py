@@ -41,7 +41,7 @@ def _target(a: Analysis) -> dict[str, Any] | None:
     title = f"Share of each class of {legible(name, 40)}, old and new"
     return {"name": name, "chart": intervals(title, rows)} if rows else None
 
-
+# %% ../nbs/18_panels.ipynb #4a87d458
 def _told(a: Analysis) -> dict[str, Any] | None:
     d = a.domain
     if d is None:
@@ -55,19 +55,6 @@ def _told(a: Analysis) -> dict[str, Any] | None:
             "chart": gauge(title, d.auc, d.low, d.high, warning)}
 
 # %% ../nbs/18_panels.ipynb #7b542b00
-def _worst(a: Analysis) -> dict[str, tuple[str, int]]:
-    "Of each column its worst severity and the number of that finding."
-    out: dict[str, tuple[str, int]] = {}
-    for i, f in enumerate(a.findings, 1):
-        if f.column:
-            out.setdefault(f.column, (f.severity, i))
-    return out
-
-
-def _pair(old: Any, new: Any, form: Any = short) -> str:
-    return f"{form(old)} → {form(new)}"
-
-
 def _figures(d: ColumnDrift) -> list[tuple[str, str]]:
     "The distances under a picture."
     out = [("PSI", f"{d.psi:.3f}"), ("JS distance", f"{d.jensen_shannon:.3f}")]
@@ -79,7 +66,7 @@ def _figures(d: ColumnDrift) -> list[tuple[str, str]]:
         out += [("Total variation", f"{d.total_variation:.3f}"), (f"chi² ({d.dof or 0} dof)", short(d.chi2))]
     return [*out, ("p-value", "< 0.0001" if d.p_value < 1e-4 else f"{d.p_value:.4f}")]
 
-
+# %% ../nbs/18_panels.ipynb #d9995a9a
 def _sides(a: ColumnProfile, b: ColumnProfile) -> list[tuple[str, str, str]]:
     "What either table says of a column, in a line each."
     rows = [("Missing", percent(a.missing_share), percent(b.missing_share))]
@@ -89,6 +76,15 @@ def _sides(a: ColumnProfile, b: ColumnProfile) -> list[tuple[str, str, str]]:
                    "Median": middle, "95 % quantile": high}
         return rows + [(name, short(x), short(y)) for name, (x, y) in figures.items()]
     return [*rows, ("Distinct", f"{a.distinct:,}", f"{b.distinct:,}")]
+
+# %% ../nbs/18_panels.ipynb #f33f9f5f
+def _worst(a: Analysis) -> dict[str, tuple[str, int]]:
+    "Of each column its worst severity and the number of that finding."
+    out: dict[str, tuple[str, int]] = {}
+    for i, f in enumerate(a.findings, 1):
+        if f.column:
+            out.setdefault(f.column, (f.severity, i))
+    return out
 
 # %% ../nbs/18_panels.ipynb #b76c8eab
 def ordered(a: Analysis) -> list[ColumnDrift]:
@@ -109,7 +105,7 @@ def _cards(a: Analysis) -> list[dict[str, Any]]:
                       "finding": number, "chart": distribution(d), "figures": _figures(d), "sides": _sides(old, new)})
     return cards
 
-
+# %% ../nbs/18_panels.ipynb #91142596
 def effects(a: Analysis) -> Markup:
     "The columns by how far they moved, as a picture."
     lines = [(w, a.thresholds[f"distance_{w}"]) for w in ("warning", "error")]
@@ -138,7 +134,7 @@ def maps(a: Analysis) -> list[dict[str, Any]]:
             {"name": "new", "title": "New", "chart": heatmap(names, new, "Correlations in the new data")},
             {"name": "change", "title": "Change", "chart": heatmap(names, change, "Change of correlations", limit)}]
 
-
+# %% ../nbs/18_panels.ipynb #3b2fee15
 def _tables(a: Analysis) -> list[tuple[str, list[dict[str, str]]]]:
     "The strongest ties with the target, and those that changed most."
     words = {"pearson": "Pearson", "correlation_ratio": "correlation ratio", "cramers_v": "Cramér’s V"}
@@ -172,6 +168,10 @@ def _odd(c: ColumnProfile | None, role: str) -> str:
            (c.kind == "category" and c.numeric and role != "target", f"{c.numeric:,} read as numbers"),
            (not c.present, "nothing but missing values")]
     return ", ".join(word for is_so, word in odd if is_so)
+
+# %% ../nbs/18_panels.ipynb #6306fc8a
+def _pair(old: Any, new: Any, form: Any = short) -> str:
+    return f"{form(old)} → {form(new)}"
 
 
 def _quality(a: Analysis) -> list[dict[str, str]]:
