@@ -7,9 +7,10 @@ __all__ = ['SAME', 'DIFFERENT', 'diff', 'replay']
 
 # %% ../nbs/49c_cli_runs.ipynb #0524be66
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import click
 
@@ -28,6 +29,19 @@ def _answering() -> Iterator[None]:
         if not type(e).__module__.startswith("income_mlops") or getattr(e, "reason", "") == "SIGINT":
             raise
         raise DataError(str(e)) from e
+
+
+def _answer(
+    found: Any,  # a `Diff` or a `Replay`
+    show: Callable[[Any], None],  # what prints it
+    as_json: bool,
+) -> None:
+    "Print it and leave with the exit code."
+    if as_json:
+        click.echo(json.dumps({"same": found.same, **found.model_dump(mode="json")}, indent=2))
+    else:
+        show(found)
+    raise SystemExit(SAME if found.same else DIFFERENT)
 
 # %% ../nbs/49c_cli_runs.ipynb #900c379d
 @click.command()
@@ -58,11 +72,7 @@ def diff(old: str, new: str, html: Path | None, as_json: bool) -> None:
         html.parent.mkdir(parents=True, exist_ok=True)
         html.write_text(diffs.as_html(found), encoding="utf-8")
         click.echo(f"written: {html}", err=True)
-    if as_json:
-        click.echo(json.dumps({"same": found.same, **found.model_dump(mode="json")}, indent=2))
-    else:
-        diffs.show(found)
-    raise SystemExit(SAME if found.same else DIFFERENT)
+    _answer(found, diffs.show, as_json)
 
 # %% ../nbs/49c_cli_runs.ipynb #215b9760
 @click.command()
@@ -86,8 +96,4 @@ def replay(run: str, as_json: bool) -> None:
     with _answering():
         from income_mlops import replays
         found = replays.replay(project(), run)
-    if as_json:
-        click.echo(json.dumps({"same": found.same, **found.model_dump(mode="json")}, indent=2))
-    else:
-        replays.show(found)
-    raise SystemExit(SAME if found.same else DIFFERENT)
+    _answer(found, replays.show, as_json)

@@ -41,7 +41,7 @@ def backup(folder: Path) -> None:
         if file not in made["databases"]:
             click.echo(f"{what} not in it: if they are in a database elsewhere ({setting}), save that, too", err=True)
 
-
+# %% ../nbs/49d_cli_state.ipynb #a3334816
 @click.command()
 @click.argument("folder", type=click.Path(path_type=Path, exists=True, file_okay=False))
 def restore(folder: Path) -> None:

@@ -149,24 +149,113 @@ def first_beyond(
     row, name = min(found, key=lambda f: f[0])
     return OutOfRange(name, float(columns[name][row]), row)
 
-# %% ../nbs/26_predictor.ipynb #e26fc3af
+# %% ../nbs/26_predictor.ipynb #8597d16a
 BLOCK = 65_536  # rows encoded at once: some 20 MB; the more there are, the more are alike, and a forest is faster
 ALIKE = 256  # from so many rows on, bringing similar ones together pays: a forest answers 1.5 times as fast
 
 
-class Predictor:
-    "Probabilities of the positive class from plain values. Safe to call from several threads."
-    name = "onnx"
-    why: str | None = None
-    inline_rows = 64
+class _Many:
+    "Probabilities of many rows, from columns of plain values."
 
     def __init__(self, form: Form, session: Any):
         self.form, self._session = form, session
         self._encoders = [Encoder(c) for c in form.categories]
         for encoder in self._encoders:
             encoder.treat_as_missing(form.missing)
+
+    def _many(self, values: list[Sequence[Any]]) -> np.ndarray:
+        m = len(self.form.numbers)
+        numbers = [np.array(v, dtype=np.float64) for v in values[:m]]
+        return self._encoded(numbers, [e.indices(v) for e, v in zip(self._encoders, values[m:], strict=True)])
+
+    def _encoded(self, numbers: list[np.ndarray], indices: list[np.ndarray]) -> np.ndarray:
+        "Rows alike are brought together: they take the same ways through the trees."
+        n = len((numbers or indices)[0])
+        if n < ALIKE:
+            return self._run(self._matrix(numbers, indices))
+        order = np.lexsort([*numbers, *indices][-16:])
+        p = np.empty(n)
+        p[order] = self._run(self._matrix([v[order] for v in numbers], [v[order] for v in indices]))
+        return p
+
+    def _matrix(self, numbers: list[np.ndarray], indices: list[np.ndarray]) -> np.ndarray:
+        "(n, width) encoded rows."
+        m = len(numbers)
+        x = np.empty((len((numbers or indices)[0]), self.form.width), dtype=np.float32)
+        with np.errstate(over="ignore"):  # too large for 32 bits is infinite there
+            for j, v in enumerate(numbers):
+                x[:, j] = v
+        if self.form.finite and (beyond := np.isinf(x[:, :m])).any():
+            i, j = np.argwhere(beyond)[0]
+            raise OutOfRange(self.form.numbers[j], numbers[j][i])
+        np.negative(x[:, :m], out=x[:, m:2 * m])
+        at = 2 * m
+        for encoder, rows in zip(self._encoders, indices, strict=True):
+            width = encoder.table.shape[1]
+            x[:, at:at + width] = encoder.table[rows]
+            at += width
+        return x
+
+    def _run(self, x: np.ndarray) -> np.ndarray:
+        p: np.ndarray = self._session.run(["probability"], {"x": x})[0]
+        return p.ravel().astype(np.float64)
+
+# %% ../nbs/26_predictor.ipynb #f8f46c15
+class _One(_Many):
+    "The probability of one row."
+
+    def __init__(self, form: Form, session: Any):
+        super().__init__(form, session)
         self._blocks = [[row.tobytes() for row in e.table] for e in self._encoders]
         self._pack: Callable[..., bytes] = struct.Struct(f"{2 * len(form.numbers)}f").pack
+
+    def _one(self, values: list[Any]) -> np.ndarray:
+        m = len(self.form.numbers)
+        numbers = [np.nan if v is None else v for v in values[:m]]
+        try:
+            head = self._pack(*numbers, *[-v for v in numbers])
+        except (OverflowError, TypeError, struct.error):  # beyond 32 bits, or no number at all
+            return self._many([[v] for v in values])
+        rows = [blocks[e.index(v)] for v, e, blocks in zip(values[m:], self._encoders, self._blocks, strict=True)]
+        x = np.frombuffer(head + b"".join(rows), dtype=np.float32)
+        if self.form.finite and np.isinf(x[:m]).any():
+            return self._many([[v] for v in values])  # says which
+        return self._run(x[None])
+
+# %% ../nbs/26_predictor.ipynb #8c0b3438
+class _Table(_Many):
+    "Probabilities of the rows of a polars table."
+
+    def predict_table(self,
+        table: Any,  # polars frame: numbers Float64, categories String
+        threads: int | None = None,  # default: one per core
+    ) -> np.ndarray:
+        "(n,) float64, the rows shared among threads."
+        numbers = [table[name].to_numpy() for name in self.form.numbers]
+        indices = [e.of_series(table[e.name]) for e in self._encoders]
+
+        threads = threads or os.cpu_count() or 1
+        size = min(BLOCK, -(-table.height // threads)) or 1  # a share for each
+
+        def block(start: int) -> np.ndarray:
+            rows = slice(start, start + size)
+            return self._encoded([v[rows] for v in numbers], [v[rows] for v in indices])
+        try:
+            with ThreadPoolExecutor(threads) as pool:
+                found = list(pool.map(block, range(0, table.height, size)))
+        except OutOfRange as e:
+            raise first_beyond(table, self.form.numbers) or e from None
+        return np.concatenate(found) if found else np.empty(0)
+
+# %% ../nbs/26_predictor.ipynb #e26fc3af
+class Predictor(_One, _Table):
+    "Probabilities of the positive class from plain values. Safe to call from several threads."
+    name = "onnx"
+    why: str | None = None
+    inline_rows = 64
+
+    def __init__(self, form: Form, session: Any):
+        super().__init__(form, session)
         self.inputs = [*form.numbers, *(c.name for c in form.categories)]
 
     @classmethod
@@ -206,77 +295,6 @@ class Predictor:
     ) -> np.ndarray:
         "(n,) float64 for n rows, each with a value for every input."
         return self.predict({name: [row[name] for row in rows] for name in self.inputs})
-
-    def _one(self, values: list[Any]) -> np.ndarray:
-        m = len(self.form.numbers)
-        numbers = [np.nan if v is None else v for v in values[:m]]
-        try:
-            head = self._pack(*numbers, *[-v for v in numbers])
-        except (OverflowError, TypeError, struct.error):  # beyond 32 bits, or no number at all
-            return self._many([[v] for v in values])
-        rows = [blocks[e.index(v)] for v, e, blocks in zip(values[m:], self._encoders, self._blocks, strict=True)]
-        x = np.frombuffer(head + b"".join(rows), dtype=np.float32)
-        if self.form.finite and np.isinf(x[:m]).any():
-            return self._many([[v] for v in values])  # says which
-        return self._run(x[None])
-
-    def _many(self, values: list[Sequence[Any]]) -> np.ndarray:
-        m = len(self.form.numbers)
-        numbers = [np.array(v, dtype=np.float64) for v in values[:m]]
-        return self._encoded(numbers, [e.indices(v) for e, v in zip(self._encoders, values[m:], strict=True)])
-
-    def _encoded(self, numbers: list[np.ndarray], indices: list[np.ndarray]) -> np.ndarray:
-        "Rows alike are brought together: they take the same ways through the trees."
-        n = len((numbers or indices)[0])
-        if n < ALIKE:
-            return self._run(self._matrix(numbers, indices))
-        order = np.lexsort([*numbers, *indices][-16:])
-        p = np.empty(n)
-        p[order] = self._run(self._matrix([v[order] for v in numbers], [v[order] for v in indices]))
-        return p
-
-    def _matrix(self, numbers: list[np.ndarray], indices: list[np.ndarray]) -> np.ndarray:
-        "(n, width) encoded rows."
-        m = len(numbers)
-        x = np.empty((len((numbers or indices)[0]), self.form.width), dtype=np.float32)
-        with np.errstate(over="ignore"):  # too large for 32 bits is infinite there
-            for j, v in enumerate(numbers):
-                x[:, j] = v
-        if self.form.finite and (beyond := np.isinf(x[:, :m])).any():
-            i, j = np.argwhere(beyond)[0]
-            raise OutOfRange(self.form.numbers[j], numbers[j][i])
-        np.negative(x[:, :m], out=x[:, m:2 * m])
-        at = 2 * m
-        for encoder, rows in zip(self._encoders, indices, strict=True):
-            width = encoder.table.shape[1]
-            x[:, at:at + width] = encoder.table[rows]
-            at += width
-        return x
-
-    def _run(self, x: np.ndarray) -> np.ndarray:
-        p: np.ndarray = self._session.run(["probability"], {"x": x})[0]
-        return p.ravel().astype(np.float64)
-
-    def predict_table(self,
-        table: Any,  # polars frame: numbers Float64, categories String
-        threads: int | None = None,  # default: one per core
-    ) -> np.ndarray:
-        "(n,) float64, the rows shared among threads."
-        numbers = [table[name].to_numpy() for name in self.form.numbers]
-        indices = [e.of_series(table[e.name]) for e in self._encoders]
-
-        threads = threads or os.cpu_count() or 1
-        size = min(BLOCK, -(-table.height // threads)) or 1  # a share for each
-
-        def block(start: int) -> np.ndarray:
-            rows = slice(start, start + size)
-            return self._encoded([v[rows] for v in numbers], [v[rows] for v in indices])
-        try:
-            with ThreadPoolExecutor(threads) as pool:
-                found = list(pool.map(block, range(0, table.height, size)))
-        except OutOfRange as e:
-            raise first_beyond(table, self.form.numbers) or e from None
-        return np.concatenate(found) if found else np.empty(0)
 
     def unknown(self,
         columns: Mapping[str, Sequence[Any]],

@@ -50,12 +50,9 @@ class NotebookError(RuntimeError):
         super().__init__(f"{place}: {ename}: {evalue}" if evalue else f"{place}: {ename}")
         self.ename, self.evalue, self.at, self.reason = ename, evalue, at, reason
 
-# %% ../nbs/36_session.ipynb #f66b92d3
-GRACE = 4.0  # seconds between an interrupt and a kill
-
-
-class Session:
-    "One execution of a notebook, to be watched and stopped from other threads."
+# %% ../nbs/36_session.ipynb #959a332a
+class _Course:
+    "What is known of a notebook while it executes."
 
     def __init__(self,
         notebook: NotebookNode,
@@ -115,6 +112,20 @@ class Session:
         what = "the kernel did not start within" if self.reason == "start timeout" else "the notebook took longer than"
         return f"stopped: {self.reason}" if limit is None else f"{what} {limit:g} s"
 
+    def last_words(self) -> str:
+        "The end of what the kernel process itself wrote."
+        log = self.folder / "log"
+        lines = log.read_text(errors="replace").split("\n") if log.is_file() else []
+        words = [line.strip() for line in lines if line.strip()]
+        return f" ({words[-1][:300]})" if words else ""
+
+# %% ../nbs/36_session.ipynb #f66b92d3
+GRACE = 4.0  # seconds between an interrupt and a kill
+
+
+class Session(_Course):
+    "One execution of a notebook, to be watched and stopped from other threads."
+
     def _send(self, signum: int) -> None:
         if self.kernel is not None:
             with suppress(ProcessLookupError):
@@ -154,10 +165,3 @@ class Session:
                 watcher.join()
                 self._send(signal.SIGKILL)  # whatever the kernel started and left
                 self.save()
-
-    def last_words(self) -> str:
-        "The end of what the kernel process itself wrote."
-        log = self.folder / "log"
-        lines = log.read_text(errors="replace").split("\n") if log.is_file() else []
-        words = [line.strip() for line in lines if line.strip()]
-        return f" ({words[-1][:300]})" if words else ""
