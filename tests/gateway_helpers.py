@@ -88,8 +88,8 @@ class Gateway(Program):
 def book_server(folder: Path, book: Path, port: int) -> Program:
     "nginx as the image of the book starts it; only where it listens and where its files are is of this machine."
     conf, text = folder / "book.conf", (ROOT / "docker/docs/nginx.conf").read_text()
-    for there, here in (("listen 8000 ", f"listen 127.0.0.1:{port} "), ("root /site;", f"root {book};"),
-                        ("/tmp/", f"{folder}/book-")):
+    for there, here in (("/tmp/", f"{folder}/book-"), ("listen 8000 ", f"listen 127.0.0.1:{port} "),
+                        ("root /site;", f"root {book};")):
         assert there in text
         text = text.replace(there, here)
     conf.write_text(text)
