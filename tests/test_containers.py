@@ -64,6 +64,16 @@ def test_images_get_what_they_copy():
                 assert (ROOT / source).exists() or source == "book", source
 
 
+def test_the_image_of_the_book_gets_what_its_pages_link_to():
+    "A link to a file that is not there stops the building of the book."
+    text = (ROOT / "docker/docs/Dockerfile").read_text()
+    copied = {s for line in re.findall(r"^COPY (?!--from)(.+) \S+$", text, re.M) for s in line.split()}
+    for page in ("nbs/index.ipynb", "CONTRIBUTING.md", "CHANGELOG.md"):
+        for link in re.findall(r"\]\(((?!\w+:|#)[^)#\s]+)", (ROOT / page).read_text()):
+            target = Path(os.path.normpath(Path(page).parent / link))
+            assert copied & {p.as_posix() for p in (target, *target.parents)}, (page, link)
+
+
 def test_compose_files_follow_their_schema():
     fine(run("check-jsonschema", "--builtin-schema", "vendor.compose-spec", *COMPOSE))
 
