@@ -1,5 +1,4 @@
 """The stamp that says which images were tested, and what CI does by it."""
-import json
 import os
 import re
 import shutil
@@ -32,13 +31,16 @@ def stamp(project: Path) -> None:
 
 
 def test_the_stamp_has_its_form_and_the_book_quotes_it():
-    told = images_stamp.read()
+    told, page = images_stamp.read(), (ROOT / images_stamp.PAGE).read_text()
+    if not told:  # never tested: nothing is claimed, and CI tests them
+        assert f"{images_stamp.BEGIN}\n{images_stamp.END}" in page
+        return
     assert set(told) == {"digest", "date", "podman", "base", "sizes", "memory"}
     assert re.fullmatch("[0-9a-f]{64}", told["digest"]) and re.fullmatch(r"\d{4}-\d\d-\d\dT[\d:]+\+00:00", told["date"])
     assert set(told["sizes"]) == {"nginx-custom", "backend", "mlflow", "frontend", "docs"}
     assert set(told["memory"]) == {"nginx", "mlflow", "backend", "worker", "frontend", "docs", "postgres"}
     assert all(0 < m["used"] < m["limit"] for m in told["memory"].values())
-    assert images_stamp.paragraph(told) in (ROOT / images_stamp.PAGE).read_text()
+    assert images_stamp.paragraph(told) in page
 
 
 def test_every_change_of_what_the_images_are_made_of_makes_the_stamp_old(project):
@@ -88,10 +90,9 @@ def test_ci_tests_the_images_if_they_changed_and_the_tests_last(project, tmp_pat
 
 def test_images_that_cannot_be_tested_fail_where_they_must_be(tmp_path):
     "Without the programs; nothing is written either way."
-    before = (ROOT / images_stamp.STAMP).read_bytes()
+    before = images_stamp.read()
     for told, code in (("", 0), ("required", 1)):
         done = subprocess.run([sys.executable, ROOT / "tools/images_test.py", "--storage", tmp_path], text=True,
                               capture_output=True, env={**os.environ, "PATH": str(tmp_path), "CI_IMAGES": told})
         assert done.returncode == code and "SKIPPED" in done.stdout, done.stdout + done.stderr
-    assert (ROOT / images_stamp.STAMP).read_bytes() == before
-    assert json.loads(before)
+    assert images_stamp.read() == before
