@@ -304,7 +304,7 @@ def test_mlflow_ends_by_itself(tmp_path):
 
 
 @pytest.mark.full
-@pytest.mark.timeout(600)
+@pytest.mark.timeout(1500)
 def test_mlflow_with_names_and_passwords(tmp_path):
     "Through the gateway: pages, a client, a worker that trains; and a password that is changed where it is kept."
     words = {"MLFLOW_AUTH_ADMIN_USERNAME": "me", "MLFLOW_AUTH_ADMIN_PASSWORD": "the first words",
@@ -318,7 +318,7 @@ def test_mlflow_with_names_and_passwords(tmp_path):
         return httpx.get(found, auth=("me", password) if password else None, timeout=30).status_code
     try:
         system.start("worker", ["-m", "income_mlops.cli", "worker"])
-        wait_for(lambda: httpx.get(f"{system.url}/api/ready").status_code == 200, 240, "a first model is served")
+        wait_for(lambda: httpx.get(f"{system.url}/api/ready").status_code == 200, 900, "a first model is served")
         assert [asked(None), asked("other words"), asked("the first words")] == [401, 401, 200]
         assert httpx.get(f"{system.url}/mlflow/").status_code == 401
         assert "XGBoost" in system.command("models")
