@@ -271,7 +271,11 @@ class Up:
 
 
 def worker_of(up: Up) -> int | None:
-    return next((p for p in family(up.process.pid) if psutil.Process(p).cmdline()[-1:] == ["worker"]), None)
+    for pid in family(up.process.pid):
+        with suppress(psutil.Error):  # one that is just ending
+            if psutil.Process(pid).cmdline()[-1:] == ["worker"]:
+                return pid
+    return None
 
 
 def test_up_serves_a_model_and_stops_within_15_seconds(trained, free_port):
