@@ -35,13 +35,16 @@ def _typed(of: State) -> str:
     return f'<input type="text" value="{html.escape(str("" if of["value"] is None else of["value"]))}" disabled>'
 
 
+BUTTONS = ("Button", "FileUpload")
 CONTROLS = {
     "Dropdown": lambda of: f"<select disabled>{_options(of)}</select>",
     "IntSlider": _slider, "FloatSlider": _slider,
     **dict.fromkeys(("Text", "Textarea", "Password", "IntText", "FloatText", "BoundedIntText", "BoundedFloatText"),
                     _typed),
     "Checkbox": lambda of: f'<input type="checkbox"{" checked" * of["value"]} disabled>',
-    "Button": lambda of: f'<button type="button" disabled>{html.escape(of["description"])}</button>',
+    **dict.fromkeys(BUTTONS, lambda of: f'<button type="button" disabled>{html.escape(of["description"])}</button>'),
+    **dict.fromkeys(("IntProgress", "FloatProgress"), lambda of: f'<progress max="{of["max"]}" value="{of["value"]}">'
+                                                                 "</progress>"),
     "HTML": lambda of: of["value"], "Label": lambda of: html.escape(of["value"]),
 }
 
@@ -56,7 +59,7 @@ def drawn(
         inside = "".join(drawn(models, c.removeprefix("IPY_MODEL_")) for c in of["children"])
         return f'<div class="widget-box{" beside" * (kind == "HBox")}">{inside}</div>'
     control = CONTROLS[kind](of)
-    said = html.escape(of.get("description") or "") if kind != "Button" else ""
+    said = html.escape(of.get("description") or "") if kind not in BUTTONS else ""
     if kind == "Checkbox":
         return f"<label>{control}<span>{said}</span></label>"
     return f"<label><span>{said}</span>{control}</label>" if said else f"<div>{control}</div>"
