@@ -1488,7 +1488,6 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                        'income_mlops.settings.SettingsError': ('settings.html#settingserror', 'income_mlops/settings.py'),
                                        'income_mlops.settings.Uploads': ('settings.html#uploads', 'income_mlops/settings.py'),
                                        'income_mlops.settings._explain': ('settings.html#_explain', 'income_mlops/settings.py'),
-                                       'income_mlops.settings._joined': ('settings.html#_joined', 'income_mlops/settings.py'),
                                        'income_mlops.settings._layers': ('settings.html#_layers', 'income_mlops/settings.py'),
                                        'income_mlops.settings._lowered': ('settings.html#_lowered', 'income_mlops/settings.py'),
                                        'income_mlops.settings._over': ('settings.html#_over', 'income_mlops/settings.py'),

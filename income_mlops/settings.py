@@ -27,11 +27,8 @@ def _words(value: Any) -> Any:
     return value
 
 
-def _joined(value: Any) -> Any:
-    "A text with commas, which an INI file reads as a list."
-    return ", ".join(value) if isinstance(value, list | tuple) and all(isinstance(v, str) for v in value) else value
-
-
+# A text with commas, which an INI file reads as a list.
+_Line = Annotated[str, BeforeValidator(lambda v: ", ".join(map(str, v)) if isinstance(v, list | tuple) else v)]
 Words = Annotated[tuple[str, ...], BeforeValidator(_words)]
 Port = Annotated[int, Field(ge=1, le=65535)]
 Share = Annotated[float, Field(ge=0, le=1)]
@@ -204,7 +201,7 @@ class Serving(Service):
     max_request_mb: Annotated[float, Field(gt=0)] = 16
     "Size of any request but an upload."
     max_upload_mb: Annotated[float, Field(gt=0)] = 100
-    api_key: Annotated[str, BeforeValidator(_joined)] = Field(default="", repr=False)
+    api_key: _Line = Field(default="", repr=False)
     "The key of those who write, or several with names, `NAME:KEY, NAME:KEY`, that show who did what; empty: generated."
     allowed_hosts: Words = ("127.0.0.1", "localhost", "[::1]")
     "Names this service may be called by, with a port or for any port; `*` for all."

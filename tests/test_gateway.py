@@ -307,9 +307,10 @@ def test_mlflow_ends_by_itself(tmp_path):
 @pytest.mark.timeout(1500)
 def test_mlflow_with_names_and_passwords(tmp_path):
     "Through the gateway: pages, a client, a worker that trains; and a password that is changed where it is kept."
-    words = {"MLFLOW_AUTH_ADMIN_USERNAME": "me", "MLFLOW_AUTH_ADMIN_PASSWORD": "the first words",
-             "MLFLOW_FLASK_SERVER_SECRET_KEY": "a key", "MLFLOW_TRACKING_USERNAME": "me",
-             "MLFLOW_TRACKING_PASSWORD": "the first words"}
+    first, second = "the first words", "the second words"
+    words = {"MLFLOW_AUTH_ADMIN_USERNAME": "me", "MLFLOW_AUTH_ADMIN_PASSWORD": first,
+             "MLFLOW_FLASK_SERVER_SECRET_KEY": second, "MLFLOW_TRACKING_USERNAME": "me",
+             "MLFLOW_TRACKING_PASSWORD": first}
     system = System(tmp_path, DYNACONF_MLFLOW__AUTHENTICATION="true", DYNACONF_MODELS="XGBoost",
                     DYNACONF_OPTIMIZATION__INITIAL_N_TRIALS="1", DYNACONF_JOBS__SCHEDULING="normal", **words)
     found = f"{system.url}/mlflow/api/2.0/mlflow/experiments/get-by-name?experiment_name=adult-income"
@@ -319,14 +320,14 @@ def test_mlflow_with_names_and_passwords(tmp_path):
     try:
         system.start("worker", ["-m", "income_mlops.cli", "worker"])
         wait_for(lambda: httpx.get(f"{system.url}/api/ready").status_code == 200, 900, "a first model is served")
-        assert [asked(None), asked("other words"), asked("the first words")] == [401, 401, 200]
+        assert [asked(None), asked("other words"), asked(first)] == [401, 401, 200]
         assert httpx.get(f"{system.url}/mlflow/").status_code == 401
         assert "XGBoost" in system.command("models")
         system.mlflow.stop(seconds=30)
-        system.env["MLFLOW_AUTH_ADMIN_PASSWORD"] = "the second words"
+        system.env["MLFLOW_AUTH_ADMIN_PASSWORD"] = second
         system.start("mlflow", ["-m", "income_mlops.mlserver"], DYNACONF_MLFLOW__TRACKING_URI="").wait(
             f"{system.url}/mlflow/health", 180)
-        assert [asked("the first words"), asked("the second words")] == [401, 200]
+        assert [asked(first), asked(second)] == [401, 200]
     finally:
         system.stop()
 
