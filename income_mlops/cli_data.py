@@ -230,7 +230,7 @@ def delete(upload: str, as_json: bool) -> None:
 @click.option("--limit", type=click.IntRange(1), default=20, show_default=True, help="How many, the latest first.")
 @click.option("--json", "as_json", is_flag=True, help="For programs.")
 def audit(limit: int, as_json: bool) -> None:
-    """Show who uploaded, deleted, went back, promoted or switched, and when."""
+    """Show who changed data or model, and when."""
     from income_mlops.audit import entries
     found = entries(_settings(), limit)
     if as_json:
