@@ -85,7 +85,7 @@ def test_workers_killed_at_random_points(tmp_path):
     assert ends == sorted(ends)
     assert {v.dataset for v in registry.versions(settings)} >= {j.result["dataset"] for j in trained}
     made = Counter(v.family for v in registry.versions(settings))
-    assert made == dict.fromkeys(("XGBoost", "RandomForest"), len({j.result["dataset"] for j in done})), made
+    assert made == dict.fromkeys(("XGBoost", "RandomForest"), len({j.result["dataset"] for j in trained})), made
     assert not [p for p in (settings.state / "datasets").rglob("*") if p.name.startswith((".new-", ".current-"))]
     interrupted = queue.get(max(hit, key=lambda id: hit[id]))
     again = replay(settings, interrupted.result["steps"]["train"]["run_id"], progress=False)
