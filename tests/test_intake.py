@@ -240,7 +240,7 @@ def test_an_endless_stream_ends_at_the_limit(api, promised):
     answer = api.http.post("/upload_data", content=stream(), headers=headers)
     assert answer.status_code == 413 and "serving.max_upload_mb" in answer.json()["detail"]
     assert sent < 2 * 2**30 and api.memory() < before + 20
-    wait_for(lambda: not remains(api.settings))
+    wait_for(lambda: not remains(api.settings), 30)
 
 
 def test_a_name_is_never_a_path(api):
@@ -267,8 +267,8 @@ def test_a_broken_connection_leaves_nothing(api):
             s.sendall(b"POST /upload_data HTTP/1.1\r\nHost: localhost\r\nX-API-Key: " + api.key["X-API-Key"].encode()
                       + b"\r\nContent-Type: multipart/form-data; boundary=x\r\nContent-Length: 3000000\r\n\r\n"
                       + b'--x\r\nContent-Disposition: form-data; name="file"; filename="a"\r\n\r\n' + GOOD * 20)
-            wait_for(lambda: remains(api.settings))
-    wait_for(lambda: not remains(api.settings))
+            wait_for(lambda: remains(api.settings), 30)
+    wait_for(lambda: not remains(api.settings), 30)
     assert not uploads.listed(api.settings)
 
 
@@ -393,7 +393,7 @@ def test_pages_do_not_wait_for_files_that_take_long_to_be_looked_through(api):
     service = psutil.Process(api.process.pid)
     with ThreadPoolExecutor(2) as pool:
         sent = [pool.submit(api.send, fresh(n, 20_000)) for n in (2, 3)]
-        helpers = wait_for(lambda: len(service.children()) >= 2 and service.children())
+        helpers = wait_for(lambda: len(service.children()) >= 2 and service.children(), 30)
         for helper in helpers:
             helper.suspend()
         try:
@@ -517,10 +517,10 @@ def test_old_uploads_go_when_a_service_starts(tmp_path):
         manifest.write_text(json.dumps({**told, "received": "2020-01-01T00:00:00Z"}))
     settings = make_project(tmp_path, uploads={"keep_days": 30})
     with IntakeApi(settings) as api:
-        (record,) = wait_for(lambda: api.get("/uploads?deleted=true"))
+        (record,) = wait_for(lambda: api.get("/uploads?deleted=true"), 30)
         assert (record["id"], record["deleted_by"], record["why"]) == (old.id, "retention", "uploads.keep_days = 30")
         # the record is written first, then the folder goes
-        wait_for(lambda: [u["id"] for u in api.get("/uploads")] == [needed.id])
+        wait_for(lambda: [u["id"] for u in api.get("/uploads")] == [needed.id], 30)
 
 
 def command(settings, *words, **env):

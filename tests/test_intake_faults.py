@@ -55,7 +55,7 @@ def kill_and_look(settings, kills, seed):
     rng, acknowledged, lost = random.Random(seed), {}, 0
     for turn in range(kills + 1):
         with IntakeApi(settings) as api:
-            wait_for(lambda: not remains(settings))  # what the one before has left is cleared away
+            wait_for(lambda: not remains(settings), 30)  # what the one before has left is cleared away
             here, jobs = {u["id"]: u["jobs"] for u in api.get("/uploads")}, api.get("/jobs?limit=1000")
             assert check_uploads(settings) == set(here)
             check_queue(settings)
@@ -101,7 +101,7 @@ def test_a_job_whose_upload_nobody_was_told_of_finds_it(tmp_path):
     file, name = upload_of(settings, job.upload, job.id)
     assert file.is_file() and name == "new.csv" and check_uploads(settings) == {job.upload}
     with IntakeApi(settings) as api:
-        wait_for(lambda: not remains(settings))
+        wait_for(lambda: not remains(settings), 30)
         same = api.send(fresh(1))
         assert same.status_code == 200 and same.json()["job_id"] == job.id
 
@@ -186,7 +186,7 @@ def test_killed_at_random_moments_beside_a_worker(tmp_path):
         done = wait_until_over(settings, Queue(settings).list(limit=1000), 1000)
         assert running[0].stop() < 15
     with IntakeApi(settings):
-        wait_for(lambda: not remains(settings))
+        wait_for(lambda: not remains(settings), 30)
     print(f"{len(acknowledged)} acknowledged, {cut} cut off, {len(done)} jobs")
     assert cut and len(done) > 3
     assert all(j.state == "succeeded" for j in done), [(j.id, j.error) for j in done if j.state != "succeeded"]
@@ -262,10 +262,10 @@ def test_helpers_end_with_their_service(tmp_path):
     for how in (signal.SIGKILL, signal.SIGTERM):
         with IntakeApi(settings) as api:
             threads = send_some(api, range(2), [])
-            wait_for(lambda api=api: psutil.Process(api.process.pid).children())
+            wait_for(lambda api=api: psutil.Process(api.process.pid).children(), 30)
             helpers = psutil.Process(api.process.pid).children()
             assert api.stop(how) < 10
-            wait_for(lambda helpers=helpers: not any(h.is_running() and h.status() != "zombie" for h in helpers))
+            wait_for(lambda helpers=helpers: not any(h.is_running() and h.status() != "zombie" for h in helpers), 30)
             for thread in threads:
                 thread.join()
 
@@ -298,7 +298,7 @@ def test_a_full_disk_is_said_and_nothing_is_corrupt(tmp_path, small_disk):
             jobs = len(Queue(settings).list(limit=1000))
             answer = api.send(large)
             told.append(answer.status_code)
-            wait_for(lambda: not remains(settings))
+            wait_for(lambda: not remains(settings), 30)
             if answer.status_code == 507:
                 assert "no space left" in answer.json()["detail"]
                 assert check_uploads(settings) == {kept} and len(Queue(settings).list(limit=1000)) == jobs
