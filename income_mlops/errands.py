@@ -85,7 +85,7 @@ KEPT = 400 * 2**20  # bytes of memory above which a helper is not kept
 def _be_humble(memory: int) -> None:
     "Low priority, limited memory, first to go when the machine's memory is short."
     import resource
-    os.nice(19)
+    os.nice(5)  # somebody waits for the answer: on a busy machine the lowest priority would be no answer at all
     _, hard = resource.getrlimit(resource.RLIMIT_AS)
     most = memory if hard == resource.RLIM_INFINITY else min(memory, hard)
     resource.setrlimit(resource.RLIMIT_AS, (most, hard))

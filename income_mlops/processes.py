@@ -189,8 +189,8 @@ class Children:
 # %% ../nbs/48_processes.ipynb #57eb613a
 class Ends(Children):
     "Children that end, all of them."
-    PATIENCE = 9.0  # seconds for the later children to end by themselves, then LAST for the first one
-    LAST = 3.0
+    PATIENCE = 9.0  # seconds for the later children to end by themselves; the first one, which they use, comes last
+    ALL = 12.0  # seconds for all of them
 
     def __enter__(self) -> Self:
         self.logs.mkdir(parents=True, exist_ok=True)
@@ -198,8 +198,9 @@ class Ends(Children):
         return self
 
     def __exit__(self, *_: object) -> None:
+        began = time.monotonic()
         self._end(self.children[1:], self.PATIENCE)
-        self._end(self.children, self.LAST)
+        self._end(self.children, self.ALL - (time.monotonic() - began))
         with suppress(BrokenPipeError):
             self.watchdog.communicate()
 

@@ -107,12 +107,16 @@ class Worker(Conclusions):
             while not self._is_over():
                 if not self._take():
                     time.sleep(self.POLL * (4 if self._away else 1))
+        except KeyboardInterrupt:
+            pass  # see _hear
         finally:
             for number, handler in old.items():
                 signal.signal(number, handler)
 
     def _hear(self, number: int, _: FrameType | None) -> None:
         self.stopping = self.stopping or signal.Signals(number).name
+        if not self.is_ready:  # the first look around takes long on a busy machine, and may be broken off anywhere
+            raise KeyboardInterrupt
 
     def _take(self) -> bool:
         "Do the next job, if there is one; whether there was."

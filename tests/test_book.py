@@ -417,7 +417,7 @@ def test_every_page_without_a_network(site):
         tab.on("request", lambda r: None if r.url.startswith((site, "data:", "blob:")) else problems.append(r.url))
         tab.on("response", lambda r: problems.append(f"{tab.url}: {r.status} {r.url}") if r.status >= 400 else None)
         for page in pages:
-            tab.goto(f"{site}/{page}", wait_for="load")
+            tab.goto(f"{site}/{page}", wait_until="load")
             problems += [f"{page}: an empty output after {cell!r}" for cell in tab.evaluate(EMPTY)]
         assert not problems, "\n".join(problems[:20])
 

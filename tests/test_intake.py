@@ -17,7 +17,8 @@ import numpy as np
 import polars as pl
 import psutil
 import pytest
-from intake_helpers import HEADER, LINES, IntakeApi, check_uploads, csv, fresh, make_project, remains, store, wait_for
+from helpers import wait_for
+from intake_helpers import HEADER, LINES, IntakeApi, check_uploads, csv, fresh, make_project, remains, store
 from starlette.testclient import TestClient
 
 from income_mlops import datasets, uploads

@@ -14,6 +14,7 @@ from itertools import pairwise
 import httpx
 import polars as pl
 import pytest
+from helpers import wait_for
 from intake_helpers import (
     LINES,
     IntakeApi,
@@ -23,7 +24,6 @@ from intake_helpers import (
     fresh,
     make_project,
     remains,
-    wait_for,
 )
 from job_helpers import assert_clean, assert_no_noise, new_project, postgres, wait_until_over, workers
 from job_helpers import rows as all_rows

@@ -3,6 +3,7 @@ import json
 import os
 import random
 import signal
+import socket
 import sqlite3
 import subprocess
 import sys
@@ -155,6 +156,18 @@ def test_a_queue_that_cannot_be_written_at_the_end_of_a_job_costs_no_worker(tmp_
         assert done.state == "failed" and "does not exist" in done.error and done.attempts == 2
         assert [c.state for c in done.log] == ["queued", "running", "interrupted", "queued", "running", "failed"]
         assert running[0].stop() < 15 and running[0].process.returncode == 0
+
+
+def test_a_worker_that_still_looks_around_ends_at_once(tmp_path):
+    "Whatever it waits for, such as an MLflow that takes a call and says nothing."
+    with socket.create_server(("127.0.0.1", 0)) as mute:
+        settings = new_project(tmp_path, f"http://127.0.0.1:{mute.getsockname()[1]}")
+        with workers(settings) as (worker,):
+            mute.settimeout(60)
+            call, _ = mute.accept()
+            with call:
+                assert worker.stop() < 2 and worker.process.returncode == 0
+            assert "worker stopped by SIGTERM" in worker.file.read_text()
 
 
 def test_a_worker_whose_service_is_gone_before_it_has_started_ends(tmp_path):
