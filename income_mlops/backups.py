@@ -20,8 +20,8 @@ from importlib.metadata import version as installed
 from pathlib import Path
 from typing import Any
 
+from .disk import locked
 from .settings import Settings
-from .uploads import _locked
 
 # %% ../nbs/48b_backups.ipynb #c6722456
 MANIFEST = "backup.json"
@@ -100,15 +100,15 @@ def _copy_uploads(state: Path, folder: Path, seen: _Seen) -> _Seen:
     def stores() -> list[Path]:
         return sorted(p.parent for p in (state / _UPLOADS).glob("*/.lock"))
     while True:
-        locked = stores()
+        there = stores()
         with ExitStack() as held:
-            for store in locked:
-                held.enter_context(_locked(store))
+            for store in there:
+                held.enter_context(locked(store))
             (folder / _QUEUE).unlink(missing_ok=True)
             if _is_database(state / _QUEUE):
                 _copy_database(state / _QUEUE, folder / _QUEUE)
             seen = _copy_files(state, folder, (n for n in _files(state) if n.startswith(_UPLOADS)), seen)
-            if stores() == locked:  # else the first upload of a store came in between
+            if stores() == there:  # else the first upload of a store came in between
                 return seen
 
 # %% ../nbs/48b_backups.ipynb #4a962eed

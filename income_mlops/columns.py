@@ -18,7 +18,7 @@ from pydantic import BaseModel, ConfigDict
 from . import quantiles
 from .aggregates import (Moments, add_moments, distinct_estimate, heavy_hitters, moments_of, pack, smallest,
                                      unpack)
-from .data import DataError
+from .data import DataError, unsigned
 from .quantiles import Quantiles
 
 # %% ../nbs/04_columns.ipynb #fcf63de7
@@ -152,7 +152,7 @@ def plain(
         if dtype.is_nested() or dtype == pl.Object:
             raise DataError(f"column {name!r} holds nested values; expected plain ones", name)
         if dtype.is_numeric():
-            out.append(c.cast(pl.Float64).fill_nan(None) + 0.0)  # -0.0 is 0.0
+            out.append(unsigned(c.cast(pl.Float64).fill_nan(None)))
         elif dtype == pl.String:
             out.append(c.replace(dict.fromkeys(missing)) if missing else c)
         elif dtype == pl.Duration:

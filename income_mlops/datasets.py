@@ -7,11 +7,9 @@ __all__ = ['in_holdout', 'Manifest', 'Dataset', 'clear_halves', 'original', 'cur
            'make_current', 'changing']
 
 # %% ../nbs/02_datasets.ipynb #0e4c631a
-import fcntl
 import os
 import re
 import shutil
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime
@@ -22,6 +20,7 @@ import polars as pl
 from pydantic import BaseModel, ConfigDict
 
 from .data import DataError, Schema, conform, digest, learn_schema, read_table, row_keys
+from .disk import abandoned, locked, scratch, sync
 from .settings import Settings
 
 # %% ../nbs/02_datasets.ipynb #5e59e7fe
@@ -84,50 +83,20 @@ def _store(settings: Settings) -> Path:
     return settings.state / "datasets" / re.sub(r"[^\w.-]", "_", settings.mlflow.experiment_name)
 
 
-@contextmanager
-def _locked(store: Path, name: str = ".lock") -> Iterator[None]:
-    "One at a time, in this process or another."
-    with (store / name).open("a") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield
-
-
-@contextmanager
-def _aside(store: Path) -> Iterator[Path]:
-    "A folder in the store to write in. Gone at the end."
-    store.mkdir(parents=True, exist_ok=True)
-    with _locked(store):
-        folder = Path(tempfile.mkdtemp(prefix=".new-", dir=store))
-        held = (folder / "held").open("w")
-        fcntl.flock(held, fcntl.LOCK_EX)
-    try:
-        (folder / "version").mkdir()
-        yield folder / "version"
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
-        held.close()
-
-
 def clear_halves(
     settings: Settings,
 ) -> list[Path]:
     "Remove what processes that died were writing, and nothing that one is writing now. What was removed."
-    store, halves = _store(settings), list[Path]()
+    store = _store(settings)
     if not store.is_dir():
         return []
-    with _locked(store):
-        for folder in store.glob(".new-*"):
-            with (folder / "held").open("a") as held:
-                try:
-                    fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                except BlockingIOError:
-                    continue
-                shutil.rmtree(folder)
-                halves.append(folder)
-        for file in store.glob(".current-*"):  # written under the lock: its owner is gone
+    with locked(store):
+        folders, files = abandoned(store), list(store.glob(".current-*"))  # these are written under the lock
+        for folder in folders:
+            shutil.rmtree(folder)
+        for file in files:
             file.unlink()
-            halves.append(file)
-    return halves
+    return [*folders, *files]
 
 # %% ../nbs/02_datasets.ipynb #2a65eaff
 def _write(settings: Settings, train: pl.DataFrame, holdout: pl.DataFrame, schema: Schema, *,
@@ -138,7 +107,9 @@ def _write(settings: Settings, train: pl.DataFrame, holdout: pl.DataFrame, schem
     name = digest(pl.DataFrame({"digest": digests}))[:16]
     store = _store(settings)
     if not (store / name).is_dir():
-        with _aside(store) as aside:
+        with scratch(store) as folder:
+            aside = folder / "version"
+            aside.mkdir()
             train.write_parquet(aside / "train.parquet")
             holdout.write_parquet(aside / "holdout.parquet")
             (aside / "schema.json").write_text(schema.model_dump_json())
@@ -147,19 +118,10 @@ def _write(settings: Settings, train: pl.DataFrame, holdout: pl.DataFrame, schem
                                 original_holdout_rows=original_holdout_rows, train_digest=digests[0],
                                 holdout_digest=digests[1])
             (aside / "manifest.json").write_text(manifest.model_dump_json(indent=1))
-            for file in aside.iterdir():  # a version that is there is there after a power cut, too
-                _sync(file)
+            sync(*aside.iterdir(), aside)  # a version that is there is there after a power cut, too
             _rename(aside, store / name)
-            _sync(store)
+            sync(store)
     return Dataset(store / name)
-
-
-def _sync(path: Path) -> None:
-    number = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(number)
-    finally:
-        os.close(number)
 
 
 def _rename(aside: Path, final: Path) -> None:
@@ -249,19 +211,18 @@ def make_current(
 ) -> None:
     "Point at the version that the next training uses; also how one goes back."
     aside = _store(settings) / f".current-{os.getpid()}"
-    with _locked(_store(settings)):
+    with locked(_store(settings)):
         try:
             aside.write_text(dataset.id)
-            _sync(aside)
+            sync(aside)
             os.replace(aside, _store(settings) / "current")
         finally:
             aside.unlink(missing_ok=True)  # of a full disk
-    _sync(_store(settings))
+    sync(_store(settings))
 
 
 @contextmanager
 def changing(settings: Settings) -> Iterator[None]:
     "For whoever makes another version current because of the one that is: nobody else does meanwhile."
-    _store(settings).mkdir(parents=True, exist_ok=True)
-    with _locked(_store(settings), ".changing"):
+    with locked(_store(settings), ".changing"):
         yield

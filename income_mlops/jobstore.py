@@ -6,7 +6,6 @@
 __all__ = ['TRAININGS', 'Database', 'Records', 'Store']
 
 # %% ../nbs/40a_jobstore.ipynb #ae6d74f1
-import os
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -15,6 +14,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 import sqlalchemy as sa
+
+from .disk import sync
 
 # %% ../nbs/40a_jobstore.ipynb #00146564
 TRAININGS = ("retrain", "train")
@@ -68,9 +69,7 @@ class Database:
         with engine.execution_options(writing=True).begin() as c:
             _metadata.create_all(c)
         if is_new:  # its name, too, is to be there after a power cut
-            folder = os.open(file.parent, os.O_RDONLY)
-            os.fsync(folder)
-            os.close(folder)
+            sync(file.parent)
         return engine
 
     @staticmethod

@@ -23,6 +23,7 @@ import numpy as np
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from . import registry
+from .disk import sync
 from .schema import Schema
 from .predictor import Predictor, PredictorError, first_beyond
 from .promotion import Choice
@@ -168,16 +169,6 @@ class Record(BaseModel):
     "The registry's aliases when it was chosen, where that was noted."
 
 # %% ../nbs/43_served.ipynb #e118063c
-def _to_disk(folder: Path, below: bool = True) -> None:
-    "Wait until the folder, and the files below it, would survive a power cut."
-    for path in (folder, *(folder.rglob("*") if below else ())):
-        handle = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)
-
-
 def _same(one: Path, other: Path) -> bool:
     "Whether two folders hold the same files."
     def files(folder: Path) -> list[Path]:
@@ -224,7 +215,7 @@ class Store:
             registry.download(self.settings, version, partial)
             if self._needs_pipeline(partial):
                 registry.download_model(self.settings, version, partial)
-            _to_disk(partial)
+            sync(partial, *partial.rglob("*"))
             self._put(partial, folder)
         finally:
             shutil.rmtree(partial, ignore_errors=True)
@@ -238,7 +229,7 @@ class Store:
                 with suppress(FileNotFoundError):
                     folder.rename(aside / "damaged")
                 partial.rename(folder)
-                return _to_disk(self.root, below=False)
+                return sync(self.root)
             except OSError as e:
                 if e.errno not in (errno.ENOTEMPTY, errno.EEXIST):  # somebody else was first: look again
                     raise
@@ -254,7 +245,7 @@ class Store:
             f.flush()
             os.fsync(f.fileno())
         os.replace(name, self.root / "current.json")
-        _to_disk(self.root, below=False)
+        sync(self.root)
         keep = {self.folder(r.choice.version).name for r in (record, previous) if r}
         for old in self.root.iterdir():
             with suppress(FileNotFoundError):  # another's, and gone by now

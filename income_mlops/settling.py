@@ -6,24 +6,14 @@
 __all__ = ['sweep', 'is_unsettled', 'confirm', 'settle']
 
 # %% ../nbs/06c_settling.ipynb #f72784b4
-import fcntl
 import shutil
 from collections.abc import Callable
-from pathlib import Path
 
+from .disk import abandoned, locked, sync
 from .settings import Settings
-from .uploads import Upload, _locked, _read, _remove, _store, _sync, deletions
+from .uploads import Upload, _read, _remove, _store, deletions
 
 # %% ../nbs/06c_settling.ipynb #7ac11b4e
-def _abandoned(folder: Path) -> bool:
-    try:
-        with (folder / "held").open("a") as held:
-            fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    return True
-
-
 def sweep(
     settings: Settings,
 ) -> int:
@@ -31,8 +21,8 @@ def sweep(
     store, swept = _store(settings), 0
     if not store.is_dir():
         return 0
-    with _locked(store):
-        gone = [f for f in store.glob(".new-*") if _abandoned(f)] + list(store.glob(".gone-*"))
+    with locked(store):
+        gone = [*abandoned(store), *store.glob(".gone-*")]
         for folder in gone:
             shutil.rmtree(folder)
         swept = len(gone)
@@ -58,10 +48,10 @@ def confirm(
     mark = _store(settings) / upload / "pending"
     if not mark.exists():
         return
-    with _locked(_store(settings)):  # its owner may still be about to
+    with locked(_store(settings)):  # its owner may still be about to
         if mark.exists() and job in _read(mark.parent).jobs:
             mark.unlink()
-            _sync(mark.parent)
+            sync(mark.parent)
 
 
 def settle(
@@ -72,11 +62,11 @@ def settle(
     store, removed = _store(settings), 0
     if not is_unsettled(settings):
         return 0
-    with _locked(store):
+    with locked(store):
         for mark in list(store.glob("[!.]*/pending")):
             if entered(_read(mark.parent)):
                 mark.unlink()
-                _sync(mark.parent)
+                sync(mark.parent)
             else:
                 _remove(mark.parent)
                 removed += 1

@@ -7,7 +7,6 @@ __all__ = ['T', 'Unknown', 'InUse', 'InDoubt', 'Upload', 'Deletion', 'desk', 'pr
            'listed', 'load', 'deletions', 'delete', 'expire']
 
 # %% ../nbs/06b_uploads.ipynb #db3f8bc4
-import fcntl
 import json
 import os
 import re
@@ -22,6 +21,7 @@ from typing import TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from .disk import locked, scratch, sync
 from .settings import Settings
 
 T = TypeVar("T")
@@ -92,32 +92,14 @@ def _store(settings: Settings) -> Path:
     return settings.state / "uploads" / re.sub(r"[^\w.-]", "_", settings.mlflow.experiment_name)
 
 
-def _sync(*paths: Path) -> None:
-    "Have files or folders on the disk before going on."
-    for path in paths:
-        handle = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)
-
-
 def _put(file: Path, text: str) -> None:
     "A small file, whole and on the disk."
     aside = file.with_name(f".{file.name}.part")
     aside.write_text(text, encoding="utf-8")
-    _sync(aside)
+    sync(aside)
     os.replace(aside, file)
-    _sync(file.parent)
+    sync(file.parent)
 
-
-@contextmanager
-def _locked(store: Path) -> Iterator[None]:
-    "One at a time, in this process or another."
-    store.mkdir(parents=True, exist_ok=True)
-    with (store / ".lock").open("a") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield
 
 # %% ../nbs/06b_uploads.ipynb #69e54c8c
 @contextmanager
@@ -125,16 +107,8 @@ def desk(
     settings: Settings,
 ) -> Iterator[Path]:
     "A folder for one file on its way in, on the disk of the store. Gone at the end."
-    store = _store(settings)
-    with _locked(store):
-        folder = Path(tempfile.mkdtemp(prefix=".new-", dir=store))
-        held = (folder / "held").open("w")
-        fcntl.flock(held, fcntl.LOCK_EX)
-    try:
+    with scratch(_store(settings)) as folder:
         yield folder
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
-        held.close()
 
 
 def prepare(
@@ -154,7 +128,7 @@ def prepare(
                     repeated=found.repeated, dataset=found.dataset, received=datetime.now(UTC), by=by,
                     bytes=file.stat().st_size, remarks=tuple(r.model_dump() for r in found.remarks), folder=ready)
     (ready / "manifest.json").write_text(upload.model_dump_json(indent=1), encoding="utf-8")
-    _sync(ready / "data.parquet", ready / "manifest.json")
+    sync(ready / "data.parquet", ready / "manifest.json")
     note_job(upload)
 
 
@@ -180,14 +154,14 @@ def publish(
     "Make an upload of it. What `enter` gives; if it fails, a new upload is not kept, unless it fails with `InDoubt`."
     store, made = _store(settings), _read(folder / "ready")
     final = store / made.id
-    with _locked(store):
+    with locked(store):
         pending, ours = final / "pending", not final.exists()
         new = ours or pending.exists()  # a mark: its owner died, and told nobody
         if ours:
             (folder / "ready" / "pending").touch()
-            _sync(folder / "ready")
+            sync(folder / "ready")
             os.rename(folder / "ready", final)
-            _sync(store)
+            sync(store)
         try:
             done = enter(_read(final), new)
         except InDoubt:
@@ -198,7 +172,7 @@ def publish(
             raise
         if new:
             pending.unlink()
-            _sync(final)
+            sync(final)
     return done
 
 
@@ -206,7 +180,7 @@ def _remove(folder: Path) -> None:
     "Take a folder out of the store: at once for the eye, then from the disk."
     gone = Path(tempfile.mkdtemp(prefix=".gone-", dir=folder.parent))
     os.rename(folder, gone / "it")
-    _sync(folder.parent)
+    sync(folder.parent)
     shutil.rmtree(gone)
 
 # %% ../nbs/06b_uploads.ipynb #261f8817
@@ -272,7 +246,7 @@ def delete(
 ) -> Deletion:
     "Delete an upload; the record of it. `Unknown` if there is no such one."
     store = _store(settings)
-    with _locked(store):
+    with locked(store):
         it = load(settings, upload)
         check(it)
         record = Deletion(**it.model_dump(include={"id", "source", "rows", "received", "by"}), why=why,

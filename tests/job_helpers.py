@@ -166,16 +166,24 @@ def small_disk(folder: Path, megabytes: int):
         subprocess.run([*sudo, "umount", "-l", folder], check=True)
 
 
+def fill(disk: Path, free: int = 0) -> Path:
+    "Leave only so many bytes free; the file that takes the rest."
+    filler = disk / "filler"
+    filler.unlink(missing_ok=True)
+    stat = os.statvfs(disk)
+    with filler.open("wb") as file:
+        os.posix_fallocate(file.fileno(), 0, max(1, stat.f_bavail * stat.f_frsize - free))
+    return filler
+
+
 @contextmanager
 def full(disk: Path):
     "Meanwhile there is no room left."
-    stat = os.statvfs(disk)
-    with (disk / "filler").open("wb") as file:
-        os.posix_fallocate(file.fileno(), 0, max(1, stat.f_bavail * stat.f_frsize))
+    filler = fill(disk)
     try:
         yield
     finally:
-        (disk / "filler").unlink()
+        filler.unlink()
 
 
 @contextmanager

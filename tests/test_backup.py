@@ -14,6 +14,7 @@ from intake_helpers import fresh
 from serving_helpers import Api, Rows, make_settings, train, wait_for
 
 from income_mlops import backups, intake, uploads
+from income_mlops.disk import locked
 from income_mlops.jobs import Queue
 
 
@@ -104,12 +105,12 @@ def test_upload_between_the_queue_and_the_files_waits(tmp_path, monkeypatch):
     "Of an upload that comes at the worst moment, either all is saved or nothing."
     settings = make_settings(tmp_path / "one")
     store = uploads._store(settings)
-    with uploads._locked(store), closing(sqlite3.connect(settings.state / "jobs.db")) as queue:
+    with locked(store), closing(sqlite3.connect(settings.state / "jobs.db")) as queue:
         queue.execute("CREATE TABLE jobs (upload TEXT)")
     copy, sender = backups._copy_database, []
 
     def publish():
-        with uploads._locked(store), closing(sqlite3.connect(settings.state / "jobs.db")) as queue, queue:
+        with locked(store), closing(sqlite3.connect(settings.state / "jobs.db")) as queue, queue:
             (store / "new").mkdir()
             (store / "new/manifest.json").write_text("{}")
             queue.execute("INSERT INTO jobs VALUES ('new')")

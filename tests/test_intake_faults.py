@@ -1,6 +1,5 @@
 """Uploads while processes are killed, the disk is full and the service is busy: all or nothing."""
 
-import os
 import random
 import signal
 import subprocess
@@ -25,7 +24,7 @@ from intake_helpers import (
     make_project,
     remains,
 )
-from job_helpers import assert_clean, assert_no_noise, new_project, postgres, wait_until_over, workers
+from job_helpers import assert_clean, assert_no_noise, fill, new_project, postgres, wait_until_over, workers
 from job_helpers import rows as all_rows
 from job_helpers import small_disk as file_system
 
@@ -275,15 +274,6 @@ def small_disk(tmp_path):
     """A file system of 8 MB, or nothing where none may be mounted."""
     with file_system(tmp_path / "disk", 8) as disk:
         yield disk
-
-
-def fill(folder, free):
-    """Leave only so many bytes free."""
-    filler = folder / "filler"
-    filler.unlink(missing_ok=True)
-    stat = os.statvfs(folder)
-    with filler.open("wb") as f:
-        os.posix_fallocate(f.fileno(), 0, max(1, stat.f_bavail * stat.f_frsize - free))
 
 
 def test_a_full_disk_is_said_and_nothing_is_corrupt(tmp_path, small_disk):

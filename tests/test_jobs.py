@@ -187,10 +187,11 @@ def test_a_worker_whose_service_is_gone_before_it_has_started_ends(tmp_path):
 HALF = """
 import sys, time
 from income_mlops import datasets
+from income_mlops.disk import scratch
 from income_mlops.settings import load_settings
-with datasets._aside(datasets._store(load_settings(sys.argv[1]))) as folder:
+with scratch(datasets._store(load_settings(sys.argv[1]))) as folder:
     (folder / "train.parquet").write_text("half")
-    print(folder.parent.name, flush=True)
+    print(folder.name, flush=True)
     time.sleep(600)
 """
 
