@@ -8,6 +8,7 @@ __all__ = ['learn_schema', 'is_parquet', 'scan_table', 'read_table', 'conform', 
 
 # %% ../nbs/01_data.ipynb #e9ae4ce6
 import hashlib
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -84,6 +85,10 @@ def _sniff(path: Path) -> None:
             raise DataError(f"{path.name}: this is {what}; expected CSV (UTF-8) or Parquet")
     if b"\0" in head:
         raise DataError(f"{path.name}: binary data; expected CSV (UTF-8) or Parquet")
+    if re.match(rb'(\xef\xbb\xbf)?\s*(\{\s*"|\[\s*[\[{])', head):
+        raise DataError(f"{path.name}: this is JSON; expected CSV (UTF-8) or Parquet")
+    if b"\r" in head and b"\n" not in head:
+        raise DataError(f"{path.name}: its lines end with carriage returns alone; expected line feeds")
 
 # %% ../nbs/01_data.ipynb #0b62e246
 def _header(path: Path) -> list[str]:
