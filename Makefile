@@ -10,6 +10,8 @@ UV_VERSION := 0.13.9
 export UV_PYTHON_DOWNLOADS := never
 export MLFLOW_DISABLE_TELEMETRY := true
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
+# OpenMP's threads shall not spin while others need the core; nbs/38_tracking.ipynb has the figures.
+export GOMP_SPINCOUNT ?= 1000
 # An activated environment of another project must not be filled by ours.
 unexport VIRTUAL_ENV PYTHONPATH PYTHONHOME
 

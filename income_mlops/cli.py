@@ -52,6 +52,7 @@ class Commands(click.Group):
         return list(self.commands)
 
     def main(self, *args: Any, **kwargs: Any) -> Any:
+        os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # see tracking.kernel_environment
         try:
             return super().main(*args, **{**kwargs, "standalone_mode": False})
         except click.exceptions.NoArgsIsHelpError as e:

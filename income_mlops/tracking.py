@@ -188,7 +188,7 @@ def kernel_environment(
     env |= dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "POLARS_MAX_THREADS"), threads)
     return env | {
         "MLFLOW_TRACKING_URI": settings.tracking_uri, "MLFLOW_EXPERIMENT_ID": experiment, "MLFLOW_RUN_ID": run_id,
-        FILE_VARIABLE: str(settings.file),
+        FILE_VARIABLE: str(settings.file), "GOMP_SPINCOUNT": os.environ.get("GOMP_SPINCOUNT", "1000"),
         "MPLBACKEND": "module://matplotlib_inline.backend_inline",
         "MLFLOW_DISABLE_TELEMETRY": "true", "DO_NOT_TRACK": "true", "YDATA_PROFILING_NO_ANALYTICS": "1",
         "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false", "GIT_PYTHON_REFRESH": "quiet",

@@ -44,7 +44,8 @@ class Services:
     def __init__(self, folder: Path, free_port):
         self.free = free_port
         new_project(folder)
-        text = INI.format(tracking_uri="", storage="", jobs="", models="XGBoost, RandomForest", trials=1, state="var")
+        text = INI.format(tracking_uri="", storage="", jobs="scheduling = normal", models="XGBoost, RandomForest",
+                          trials=1, state="var")
         text = text.replace('missing = "?"', 'missing = "?"\ngroups = sex, race, age')
         self.ports = {"serving": free_port(), "dashboard": free_port()}
         self.api, self.page = (f"http://127.0.0.1:{self.ports[k]}" for k in ("serving", "dashboard"))
