@@ -147,6 +147,7 @@ def test_file_that_comes_in_all_the_time_holds_up_no_backup(tmp_path):
     writer = threading.Thread(target=send)
     writer.start()
     try:
+        wait_for((settings.state / "studies.journal").exists)
         made = backups.backup(settings, tmp_path / "saved")
     finally:
         over.set()
