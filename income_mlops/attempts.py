@@ -106,7 +106,9 @@ class Attempt(threading.Thread):
     def tell(self, *, progress: dict[str, Any] | None = None, result: dict[str, Any] | None = None) -> None:
         "What the steps say: a finished step is written down at once, progress with the next beat."
         if progress is not None:
-            self.progress = progress if "step" in progress and "run_id" not in progress else self.progress | progress
+            # another step: what was executed last stays in sight
+            kept = ("run_id", "notebook") if "step" in progress else tuple(self.progress)
+            self.progress = {k: v for k, v in self.progress.items() if k in kept} | progress
         if result is not None and self.queue.beat(self.job, result=result, progress=self.progress) == "lost":
             self.end("lost")
             raise Lost

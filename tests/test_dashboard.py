@@ -16,7 +16,7 @@ import psutil
 import pytest
 from gateway_helpers import CHROMIUM
 from helpers import wait_for
-from intake_helpers import LINES, fresh
+from intake_helpers import LINES
 from intake_helpers import csv as as_csv
 from job_helpers import INI, new_project
 
@@ -271,10 +271,10 @@ def test_upload_is_refused_in_words_or_ends_as_a_new_version(services, browser, 
         alert(page, "This API key is wrong")
         upload(page, file, services.key)
         alert(page, said)  # the API's own words
-        file.write_bytes(fresh(11, 400))
+        file.write_bytes(as_csv(LINES[9000:9400]))
         upload(page, file, services.key)
         job = stored(page, "400 rows stored")
-        file.write_bytes(fresh(12, 300))
+        file.write_bytes(as_csv(LINES[9400:9700]))
         upload(page, file, services.key)
         waiting = stored(page, "300 rows stored")
 
@@ -291,7 +291,7 @@ def test_upload_is_refused_in_words_or_ends_as_a_new_version(services, browser, 
         card.get_by_text("succeeded", exact=True).wait_for(timeout=400_000)
         assert card.locator("iframe").get_attribute("srcdoc") == shown, "the reader keeps the place"
         card.get_by_role("button", name="Show what has come since").click()
-        wait_for(lambda: card.locator("iframe").get_attribute("srcdoc") != shown, 60, "the whole notebook")
+        wait_for(lambda: card.locator("iframe").get_attribute("srcdoc") != shown, 60, card.inner_text())
         told = services.http.get(f"/jobs/{job}").json()
         assert told["state"] == "succeeded"
 
