@@ -14,6 +14,8 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export GOMP_SPINCOUNT ?= 1000
 # An activated environment of another project must not be filled by ours.
 unexport VIRTUAL_ENV PYTHONPATH PYTHONHOME
+# Without byte code every process compiles what it imports: 7 s instead of 2 s for MLflow, with every kernel.
+unexport PYTHONDONTWRITEBYTECODE
 
 # Caches and kernels need a home that can be written; a container's user may have none.
 ifeq ($(shell test -n "$${HOME:-}" && mkdir -p "$$HOME" 2>/dev/null && test -w "$$HOME" && echo yes),)

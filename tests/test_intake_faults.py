@@ -172,11 +172,17 @@ def test_killed_at_random_moments_beside_a_worker(tmp_path):
     with workers(settings) as running:
         first = wait_for(lambda: Queue(settings).list(), 120)
         wait_until_over(settings, first, 400)
+        with IntakeApi(settings, fault=SLOW) as api:
+            began, answers = time.monotonic(), []
+            for thread in send_some(api, (1000, 1001), answers, "?retrain=false"):
+                thread.join()
+            usual = time.monotonic() - began
+            acknowledged |= {a.json()["job_id"]: a.json()["upload"] for a in answers}
         for turn in range(8):
             with IntakeApi(settings, fault=SLOW) as api:
                 answers = []
                 threads = send_some(api, (10 * turn, 10 * turn + 1), answers, "?retrain=false" if turn else "")
-                time.sleep(rng.uniform(1, 4))
+                time.sleep(rng.uniform(0.5, 2.5) * usual)
                 api.stop(signal.SIGKILL)
                 for thread in threads:
                     thread.join()
