@@ -297,7 +297,7 @@ def test_upload_is_refused_in_words_or_ends_as_a_new_version(services, browser, 
         card.get_by_text("succeeded", exact=True).wait_for(timeout=400_000)
         assert card.locator("iframe").get_attribute("srcdoc") == shown, "the reader keeps the place"
         card.get_by_role("button", name="Show what has come since").click()
-        wait_for(lambda: card.locator("iframe").get_attribute("srcdoc") != shown, 60, card.inner_text())
+        wait_for(lambda: card.locator("iframe").get_attribute("srcdoc") != shown, 60, "the notebook as it is now")
         told = services.http.get(f"/jobs/{job}").json()
         assert told["state"] == "succeeded"
 
