@@ -104,7 +104,8 @@ font-size:.95rem}
 white-space:normal!important;overflow:visible;height:auto;line-height:1.4}.dash .widget-checkbox{flex-flow:row nowrap}
 .dash .widget-checkbox .widget-label{flex:0!important;width:0!important}.dash .widget-checkbox
 .widget-label-basic{display:flex;align-items:flex-start;width:100%!important;max-width:none}
-.dash .widget-checkbox input{width:1.15rem;height:1.15rem;accent-color:var(--new);margin:.1rem .5rem 0 0;flex:none}
+.dash .widget-checkbox input[type=checkbox]{width:1.15rem;height:1.15rem;accent-color:var(--new);margin:.1rem .5rem 0 0;
+flex:none}
 """
 
 # %% ../nbs/47c_frontpage.ipynb #85bb4729

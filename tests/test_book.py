@@ -394,6 +394,10 @@ EMPTY = """() => [...document.querySelectorAll("div.cell_output")].filter(e => {
   return !folded && e.children.length && blank;
 }).map(e => e.closest("div.cell").innerText.slice(-200))"""
 
+# Tables that stayed Markdown.
+UNRENDERED = r"""() => [...document.querySelectorAll("article p")].map(e => e.innerText)
+  .filter(t => /\|\s*[-—–:]+\s*\|/.test(t)).map(t => t.slice(0, 100))"""
+
 
 @pytest.mark.full
 @pytest.mark.timeout(3600)
@@ -422,6 +426,7 @@ def test_every_page_without_a_network(site):
             if 'http-equiv="refresh"' in (folder / page).read_text().lower():  # leads to the start page
                 tab.wait_for_url(f"{site}/book/index.html", wait_until="load")
             problems += [f"{page}: an empty output after {cell!r}" for cell in tab.evaluate(EMPTY)]
+            problems += [f"{page}: a table that is none: {text!r}" for text in tab.evaluate(UNRENDERED)]
         assert not problems, "\n".join(problems[:20])
 
         tab.goto(f"{site}/nbs/47e_form.html")

@@ -273,6 +273,7 @@ def test_upload_is_refused_in_words_or_ends_as_a_new_version(services, browser, 
     with visit(browser, services) as page:
         page.locator("[data-probability]").wait_for()
         tab(page, "Data")
+        assert page.locator(".widget-checkbox input:visible").bounding_box()["width"] < 30, "its text is beside it"
         upload(page, file, "not the key")
         alert(page, "This API key is wrong")
         upload(page, file, services.key)
