@@ -404,7 +404,7 @@ def open_doors(stack: Stack, api: str, mlflow: str, dashboard: str, book: str, *
         page.get_by_role("button", name="A random real row").click()
         page.wait_for_function("before => document.body.innerText !== before", arg=before)
         page = seen["book"].page
-        page.locator("h1").first.wait_for()
+        page.locator("article h1").first.wait_for()
         for name, opened in seen.items():
             problems = [p for p in opened.problems if "users/current" not in p and "404" not in p]
             assert not problems, (name, problems)
