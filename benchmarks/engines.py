@@ -91,7 +91,7 @@ def main() -> None:
     given = words.parse_args()
     with tempfile.TemporaryDirectory() as d:
         dataset, pipelines = fit(project(Path(d)))
-    frame = to_frame(dataset.holdout, dataset.schema)
+        frame = to_frame(dataset.holdout, dataset.schema)
     frame = frame.iloc[np.random.default_rng(0).integers(len(frame), size=max(SIZES))].reset_index(drop=True)
     for family, pipeline in pipelines.items():
         classifier = pipeline[-1]

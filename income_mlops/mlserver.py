@@ -71,7 +71,8 @@ def write_authentication(
     file = settings.state / "mlflow_auth.ini"
     file.parent.mkdir(parents=True, exist_ok=True)
     lines = ("[mlflow]", "default_permission = READ", "database_uri = " + _users(settings).replace("%", "%%"),
-             "authorization_function = mlflow.server.auth:authenticate_request_basic_auth")
+             "authorization_function = mlflow.server.auth:authenticate_request_basic_auth",
+             "auth_cache_ttl_seconds = 60")
     with os.fdopen(os.open(file, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w") as f:
         f.write("\n".join(lines) + "\n")
     return file
