@@ -40,10 +40,10 @@ up: setup  ## Set up, train a first model if there is none, start all services; 
 	@exec income-mlops up
 
 test: setup check  ## Set up and run the checks and the tests
-	@$(call run-tests,not full,$(AT_ONCE))
+	@$(call run-tests,not full)
 
 test-all: setup check  ## The same with faults, load, stores and containers
-	@$(call run-tests,full or not full,)
+	@$(call run-tests,full or not full)
 
 images-test: setup  ## Build the images and run both Compose files with podman; as root
 	@echo "── images"; PODMAN_COMPOSE="$(CURDIR)/$(UV) tool run --quiet --from podman-compose==1.6.0 podman-compose" \
@@ -78,15 +78,14 @@ clean:  ## Remove the environment and the caches; data and var/ stay
 	rm -rf .venv .tools .mypy_cache .ruff_cache *.egg-info
 
 # Cells first, then modules: pytest's summary is the last line. What notebooks write is thrown away.
-# Files of quick tests are shared out among two processes, as much of them is waiting for a service. The long ones come
-# one after another: they load the machine themselves, and what they promise in seconds is promised for a machine that
-# is not overloaded.
+# Files are shared out among two processes, as much of a test is waiting for a service. So what is promised in seconds is
+# tested on a busy machine.
 AT_ONCE := -n 2 --dist loadfile --no-loadscope-reorder
 define run-tests
 state=$$(mktemp -d); trap 'rm -rf "$$state"' EXIT; \
 echo "── notebooks"; DYNACONF_PATHS__STATE="$$state" nbdev-test nbs --skip-folder-re '^([_.]|pipelines|explore)' --skip-file-re '^([_.]|dashboard|index)'; \
 $(if $(KERNEL_NOTEBOOKS),echo "── notebooks in a kernel"; DYNACONF_PATHS__STATE="$$state" pytest -q $(AT_ONCE) --nbval-lax $(KERNEL_NOTEBOOKS);) \
-echo "── tests"; pytest -q $(2) -m '$(1)'
+echo "── tests"; pytest -q $(AT_ONCE) -m '$(1)'
 endef
 
 UV_STAMP := .tools/uv-$(UV_VERSION)

@@ -170,9 +170,15 @@ def fill(disk: Path, free: int = 0) -> Path:
     "Leave only so many bytes free; the file that takes the rest."
     filler = disk / "filler"
     filler.unlink(missing_ok=True)
-    stat = os.statvfs(disk)
-    with filler.open("wb") as file:
-        os.posix_fallocate(file.fileno(), 0, max(1, stat.f_bavail * stat.f_frsize - free))
+
+    def take() -> bool:
+        "Whether the rest was still there when it was taken: others write, too."
+        stat = os.statvfs(disk)
+        with suppress(OSError), filler.open("wb") as file:
+            os.posix_fallocate(file.fileno(), 0, max(1, stat.f_bavail * stat.f_frsize - free))
+            return True
+        return False
+    wait_for(take, 10, "the disk is filled")
     return filler
 
 
