@@ -78,8 +78,8 @@ clean:  ## Remove the environment and the caches; data and var/ stay
 	rm -rf .venv .tools .mypy_cache .ruff_cache *.egg-info
 
 # Cells first, then modules: pytest's summary is the last line. What notebooks write is thrown away.
-# Files are shared out among two processes, as much of a test is waiting for a service. So what is promised in seconds is
-# tested on a busy machine.
+# Files are shared out among two processes, as much of a test is waiting for a service; so what a test promises in
+# seconds holds on a busy machine.
 AT_ONCE := -n 2 --dist loadfile --no-loadscope-reorder
 define run-tests
 state=$$(mktemp -d); trap 'rm -rf "$$state"' EXIT; \

@@ -114,8 +114,10 @@ class Worker(Conclusions):
                 signal.signal(number, handler)
 
     def _hear(self, number: int, _: FrameType | None) -> None:
-        again, self.stopping = bool(self.stopping), self.stopping or signal.Signals(number).name
-        if not self.is_ready and not again:  # the first look around takes long, and may be broken off anywhere
+        if self.stopping:
+            return
+        self.stopping = signal.Signals(number).name
+        if not self.is_ready:  # the first look around takes long on a busy machine, and may be broken off anywhere
             raise KeyboardInterrupt
 
     def _take(self) -> bool:

@@ -1,4 +1,5 @@
 """A small project with real rows, uploads, workers in processes of their own, and a real PostgreSQL."""
+import errno
 import os
 import re
 import signal
@@ -174,10 +175,14 @@ def fill(disk: Path, free: int = 0) -> Path:
     def take() -> bool:
         "Whether the rest was still there when it was taken: others write, too."
         stat = os.statvfs(disk)
-        with suppress(OSError), filler.open("wb") as file:
-            os.posix_fallocate(file.fileno(), 0, max(1, stat.f_bavail * stat.f_frsize - free))
-            return True
-        return False
+        with filler.open("wb") as file:
+            try:
+                os.posix_fallocate(file.fileno(), 0, max(1, stat.f_bavail * stat.f_frsize - free))
+            except OSError as e:
+                if e.errno != errno.ENOSPC:
+                    raise
+                return False
+        return True
     wait_for(take, 10, "the disk is filled")
     return filler
 

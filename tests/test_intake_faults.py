@@ -178,7 +178,7 @@ def test_killed_at_random_moments_beside_a_worker(tmp_path):
                 thread.join()
             usual = time.monotonic() - began
             acknowledged |= {a.json()["job_id"]: a.json()["upload"] for a in answers}
-        for turn in range(5):
+        for turn in range(8):
             with IntakeApi(settings, fault=SLOW) as api:
                 answers = []
                 threads = send_some(api, (10 * turn, 10 * turn + 1), answers, "?retrain=false" if turn else "")
