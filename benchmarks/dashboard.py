@@ -55,7 +55,7 @@ class Dashboard:
             assert self.process.poll() is None, f"the dashboard ended; see {self.log.name}"
             time.sleep(0.2)
         quiet = 0
-        while quiet < 3:
+        while quiet < 5:  # longer than Voila waits before it starts the next kernel
             before = self._used()
             time.sleep(1)
             quiet = quiet + 1 if self._used() - before < 0.1 and len(self.processes()) >= self.kernels else 0
@@ -85,7 +85,8 @@ def visit(browser: Any, url: str) -> tuple[float, Any]:
     page = context.new_page()
     start = time.perf_counter()
     page.goto(url)
-    page.wait_for_selector("[data-probability]", timeout=120_000)
+    # looked at with every frame; `wait_for_selector` looks every half second
+    page.wait_for_function("document.querySelector('[data-probability]')", timeout=120_000)
     return time.perf_counter() - start, page
 
 

@@ -12,6 +12,7 @@ import re
 from collections.abc import Mapping
 from pathlib import Path
 
+from .bundle import bundle, pieces
 from .canvas import CHART_CSS, PALETTE
 from .look import BASE_CSS, NARROW_CSS, PARTS_CSS
 
@@ -218,12 +219,21 @@ WEIGH = """
 SCRIPT = "document.title = TITLE;\n(() => {" + WAKE + WATCH + WEIGH + "})();\n"
 PAGE = """{%- extends 'lab/index.html.j2' -%}
 {%- block notebook_css -%}
+{% set scripts = resources.include_url('static/scripts.js') %}
+<link rel="preload" as="script" href="{{ scripts }}">
+{% for e in page_config.federated_extensions %}
+<link rel="preload" as="script" href="{{ page_config.fullLabextensionsUrl }}/{{ e.name }}/{{ e.load }}">
+{% endfor %}
 {% set cdn = 'https://cdn.jsdelivr.net/npm/@fortawesome/fontawesome-free@^5/css/' %}
 {{ super() | replace('<link rel="stylesheet" href="' ~ cdn ~ 'all.min.css" type="text/css" />', '')
            | replace('<link rel="stylesheet" href="' ~ cdn ~ 'v4-shims.min.css" type="text/css" />', '') }}
 <style>STYLE</style>
 <script>{% raw %}SCRIPT{% endraw %}</script>
 {%- endblock notebook_css -%}
+{%- block body_footer -%}
+<script src="{{ resources.include_url('static/scripts.js') }}"></script>
+{{ super() }}
+{%- endblock body_footer -%}
 """
 PAGE_CSS = """
 body.jp-Notebook{background:var(--bg)!important;padding:0!important;margin:0!important;overflow:visible!important;
@@ -258,7 +268,8 @@ def write_template(
     words = {"TITLE": re.sub(r"[<{]", lambda m: f"\\u{ord(m[0]):04x}", json.dumps(title)), "LIMIT": f"{megabytes:g}"}
     script = _filled(SCRIPT, words)
     there = folder / "voila" / "templates" / TEMPLATE
-    there.mkdir(parents=True, exist_ok=True)
+    (there / "static").mkdir(parents=True, exist_ok=True)
     (there / "conf.json").write_text(json.dumps({"base_template": "lab"}))
     (there / "index.html.j2").write_text(_filled(PAGE, {"STYLE": style, "SCRIPT": script}), encoding="utf-8")
+    (there / "static" / "scripts.js").write_text(bundle(pieces()), encoding="utf-8")
     return there

@@ -123,6 +123,7 @@ def visit(browser, services, width: int = 1280, scheme: str = "light"):
         own = f"127.0.0.1:{services.ports['dashboard']}/"
         foreign = [u for u in asked if not u.startswith((f"http://{own}", f"ws://{own}", "data:", "about:", "blob:"))]
         assert len(asked) > 10 and foreign == [] and errors == []
+        assert [u for u in asked if u.endswith(".voila.js")] == []  # they come in one file, and MathJax not at all
     finally:
         page.close()
 
