@@ -24,6 +24,7 @@ from .promotion import Choice, choose
 from .registry import NEWEST, Unknown, bearing_of, find_family, registered_name
 from .served import Engine, NotServable, Record, Store, load_engine
 from .settings import Settings
+from .store import file_of
 
 # %% ../nbs/46a_chosen.ipynb #268e513d
 class Glance(NamedTuple):
@@ -76,8 +77,8 @@ def glance(
     "What the registry says, read without MLflow's client; nothing where only that can tell."
     uri, prefix = settings.tracking_uri, registered_name(settings, "")
     try:
-        if uri.startswith("sqlite:///") and "?" not in uri:
-            return _from_sqlite(Path(uri.removeprefix("sqlite:///")), prefix)
+        if (file := file_of(settings)) and "?" not in uri:
+            return _from_sqlite(file, prefix)
         return _from_server(uri, prefix) if uri.startswith(("http://", "https://")) else None
     except (sqlite3.Error, OSError, ValueError, KeyError, TypeError):
         return None

@@ -11,6 +11,7 @@ import sys
 from pathlib import Path
 
 from .settings import Settings, SettingsError, load_settings
+from .store import make_store
 
 # %% ../nbs/48a_mlserver.ipynb #1dd38ea4
 def _names(settings: Settings) -> list[str]:
@@ -112,6 +113,7 @@ def start(
         write_authentication(settings)
         renew_password(settings)
     settings.state.mkdir(parents=True, exist_ok=True)
+    make_store(settings)
     os.execve(words[0], words, {**os.environ, **environment(settings)})  # noqa: S606
 
 

@@ -22,6 +22,7 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict
 
 from .settings import Settings
+from .store import file_of
 
 # %% ../nbs/30_registry.ipynb #95b98716
 class RegistryError(RuntimeError):
@@ -40,11 +41,6 @@ class Unreachable(RegistryError):
     "MLflow does not answer, or not as it should."
 
 # %% ../nbs/30_registry.ipynb #d2956acf
-def _sqlite_file(settings: Settings) -> Path | None:
-    uri = settings.tracking_uri
-    return Path(uri.removeprefix("sqlite:///")) if uri.startswith("sqlite:///") else None
-
-
 @contextmanager
 def asking(settings: Settings) -> Iterator[Any]:
     "An MLflow client; whatever goes wrong between here and the store becomes one line."
@@ -104,7 +100,7 @@ def aliases(
     settings: Settings,
 ) -> dict[str, dict[str, int]]:
     "Aliases and their versions by registered model of this experiment: one call, cheap enough for every second."
-    file = _sqlite_file(settings)
+    file = file_of(settings)
     if file and not file.is_file():  # asking would create it
         return {}
     prefix = registered_name(settings, "")

@@ -28,9 +28,10 @@ def _is_server(uri: str) -> bool:
 
 
 def _tracking(settings: Settings) -> Service:
-    return Service("MLflow", mlserver.command(settings), settings.mlflow.host, settings.mlflow.port, "mlflow.port",
-                   health=f"{settings.mlflow.static_prefix}/health", patience=180,
-                   environment=mlserver.environment(settings))
+    own = settings.mlflow
+    return Service("MLflow", (sys.executable, "-m", "income_mlops.mlserver"), own.host, own.port, "mlflow.port",
+                   health=f"{own.static_prefix}/health", patience=180,
+                   environment={"DYNACONF_MLFLOW__TRACKING_URI": own.tracking_uri})
 
 
 def services(

@@ -23,6 +23,7 @@ from typing import Any
 
 from .parameters import open_notebook
 from .settings import FILE_VARIABLE, Settings
+from .store import make_store
 
 logger = logging.getLogger(__name__)
 
@@ -42,25 +43,6 @@ def reach(uri: str) -> None:
             raise TrackingError(f"MLflow at {uri} does not answer (mlflow.tracking_uri)") from e
 
 
-def _make_store(settings: Settings) -> None:
-    """Make MLflow's SQLite file, in one piece: it builds its tables in a hundred steps, and two processes that begin at
-    the same time, or one that is killed, would leave a file that nobody can use or repair."""
-    import fcntl
-
-    from mlflow import MlflowClient
-    file = Path(settings.tracking_uri.removeprefix("sqlite:///"))
-    if not settings.tracking_uri.startswith("sqlite:///") or file.exists():
-        return
-    file.parent.mkdir(parents=True, exist_ok=True)
-    half = file.with_name(f".{file.name}.new")
-    with file.with_name(f".{file.name}.lock").open("a") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        if not file.exists():
-            half.unlink(missing_ok=True)
-            MlflowClient(f"sqlite:///{half}").search_experiments(max_results=1)
-            half.rename(file)
-
-
 def connect(
     settings: Settings,
 ) -> Any:
@@ -68,7 +50,7 @@ def connect(
     from mlflow import MlflowClient
     settings.state.mkdir(parents=True, exist_ok=True)
     reach(settings.tracking_uri)
-    _make_store(settings)
+    make_store(settings)
     return MlflowClient(tracking_uri=settings.tracking_uri)
 
 

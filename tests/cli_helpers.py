@@ -27,6 +27,7 @@ def register_small_model(project: Path, family: str = "RandomForest"):
     from income_mlops.data import conform, learn_schema, read_table
     from income_mlops.registry import register
     from income_mlops.settings import load_settings
+    from income_mlops.store import make_store
 
     with (project / "settings.ini").open("a") as f:  # this small pipeline has no compiled form
         f.write("\n[serving]\nallow_pipeline = true\n")
@@ -43,6 +44,7 @@ def register_small_model(project: Path, family: str = "RandomForest"):
     pipeline.fit(x.where(x.notna(), None).astype(dict.fromkeys(schema.names("number"), "float64")),
                  (table[schema.target] == schema.positive).cast(int).to_numpy())
     settings.state.mkdir(parents=True, exist_ok=True)
+    make_store(settings)
     mlflow.set_tracking_uri(settings.tracking_uri)
     name = settings.mlflow.experiment_name
     if not mlflow.get_experiment_by_name(name):

@@ -16,6 +16,7 @@ from helpers import wait_for
 from income_mlops import registry
 from income_mlops.data import Schema, conform, learn_schema, read_table
 from income_mlops.settings import Settings, load_settings
+from income_mlops.store import make_store
 
 PROJECT = Path(__file__).parent.parent
 QUIET = {"MLFLOW_DISABLE_TELEMETRY": "true", "GIT_PYTHON_REFRESH": "quiet",
@@ -75,6 +76,7 @@ def train(settings: Settings, rows: Rows, families: dict[str, float], artifacts:
     """
     import mlflow
     before = mlflow.get_tracking_uri()
+    make_store(settings)
     mlflow.set_tracking_uri(settings.tracking_uri)
     try:
         name = settings.mlflow.experiment_name

@@ -26,6 +26,7 @@ from income_mlops.data import conform, read_table
 from income_mlops.intake import part
 from income_mlops.jobs import Queue
 from income_mlops.serving import create_app
+from income_mlops.store import make_store
 
 ROWS = LINES[3001:3201]  # not in the project's original data
 GOOD = csv(ROWS)
@@ -458,6 +459,7 @@ def test_the_latest_analysis(api):
     evil = '"<script>alert(1)</script>"'
     upload = uploads.load(settings, api.send(with_value(1, evil), query="?retrain=false").json()["upload"])
     new, old = analysis.Source(settings, str(upload.path)), analysis.Source(settings, "original")
+    make_store(settings)  # the service looks whether there is one
     mlflow.set_tracking_uri(settings.tracking_uri)
     mlflow.create_experiment("adult-income", (settings.root / "artifacts").as_uri())
     mlflow.set_experiment("adult-income")
