@@ -46,22 +46,26 @@ def test_a_server_that_is_killed_while_it_makes_it_and_then_several_at_once(tmp_
     file = file_of(make_project(tmp_path, rows=10, mlflow={"port": port}))
     half = file.with_name(f".{file.name}.new")
 
-    def server() -> Program:
-        return Program("mlflow", [sys.executable, "-m", "income_mlops.mlserver"], tmp_path)
-    first = server()
-    while tables(half) < 20:  # of more than sixty
-        assert first.process.poll() is None and not file.exists(), first.log.read_text()
-        time.sleep(0.002)
-    first.stop(signal.SIGKILL)
-    assert half.exists() and not file.exists(), "it was not killed in the middle"
+    servers: list[Program] = []
 
-    second = server()
+    def start() -> Program:
+        servers.append(Program("mlflow", [sys.executable, "-m", "income_mlops.mlserver"], tmp_path))
+        return servers[-1]
     try:
+        first = start()
+        while tables(half) < 20:  # of more than sixty
+            assert first.process.poll() is None and not file.exists(), first.log.read_text()
+            time.sleep(0.002)
+        first.stop(signal.SIGKILL)
+        assert half.exists() and not file.exists(), "it was not killed in the middle"
+
+        second = start()
         for other in [asker(tmp_path), asker(tmp_path)]:
             holds_it_whole(other)
         second.wait(f"http://127.0.0.1:{port}/health")
         found = httpx.post(f"http://127.0.0.1:{port}/api/2.0/mlflow/experiments/search", json={"max_results": 9})
         assert [e["name"] for e in found.json()["experiments"]] == ["Default"]
+        assert not half.exists()
     finally:
-        second.stop()
-    assert not half.exists()
+        for server in servers:
+            server.stop()
