@@ -193,6 +193,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                       'income_mlops.batches.pour': ('batches.html#pour', 'income_mlops/batches.py'),
                                       'income_mlops.batches.rows_about': ('batches.html#rows_about', 'income_mlops/batches.py')},
             'income_mlops.bundle': { 'income_mlops.bundle._first': ('bundle.html#_first', 'income_mlops/bundle.py'),
+                                     'income_mlops.bundle._mended': ('bundle.html#_mended', 'income_mlops/bundle.py'),
                                      'income_mlops.bundle.bundle': ('bundle.html#bundle', 'income_mlops/bundle.py'),
                                      'income_mlops.bundle.pieces': ('bundle.html#pieces', 'income_mlops/bundle.py')},
             'income_mlops.canvas': { 'income_mlops.canvas.legend': ('canvas.html#legend', 'income_mlops/canvas.py'),

@@ -113,8 +113,9 @@ def start(
         write_authentication(settings)
         renew_password(settings)
     settings.state.mkdir(parents=True, exist_ok=True)
+    os.environ.update(environment(settings))  # before MLflow is imported, which would send telemetry
     make_store(settings)
-    os.execve(words[0], words, {**os.environ, **environment(settings)})  # noqa: S606
+    os.execv(words[0], words)  # noqa: S606
 
 
 if __name__ == "__main__" and "__file__" in globals():

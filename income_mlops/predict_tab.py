@@ -111,7 +111,7 @@ class _WhatIf(_Reasons):
 class _Asking(_WhatIf):
     "Asks again after every change."
     silent, unanswered = float("-inf"), 0
-    "When a question last remained without an answer, and how many did."
+    "When a question last remained without an answer; how many did, or met a service that could not answer just then."
 
     def update(self) -> None:
         "Ask again about the row in the form."
@@ -133,6 +133,7 @@ class _Asking(_WhatIf):
             except Problem as e:
                 part.value = ""
                 if e.status:
+                    self.unanswered += e.status == 429 or e.status >= 500
                     raise
                 self.blank()
                 self.why_notice.clear()

@@ -21,6 +21,7 @@ from intake_helpers import csv as as_csv
 from job_helpers import INI, new_project
 
 from income_mlops import promotion
+from income_mlops.bundle import bundle, pieces
 from income_mlops.canvas import percent
 from income_mlops.settings import load_settings
 
@@ -107,25 +108,37 @@ def browser():
 
 
 @contextmanager
-def visit(browser, services, width: int = 1280, scheme: str = "light"):
-    "A visitor's page. Whatever it asks of another machine, and every error in its console, fails the test."
-    page = browser.new_page(viewport={"width": width, "height": 900}, color_scheme=scheme)
+def opened(browser, services, **options):
+    "The page, what it asked for and the errors in its console; a failure tells what was to be seen."
+    page = browser.new_page(**options)
     page.set_default_timeout(SLOW)
     asked, errors = [], []
     page.on("request", lambda r: asked.append(r.url))
     page.on("websocket", lambda s: asked.append(s.url))
     page.on("console", lambda m: errors.append(m.text) if m.type == "error" else None)
     page.on("pageerror", lambda e: errors.append(str(e)))
-    page.goto(services.page + "/frontend/")
-    page.wait_for_selector(".status span:nth-child(2)")
     try:
+        page.goto(services.page + "/frontend/")
+        yield page, asked, errors
+    except Exception as e:
+        e.add_note(f"errors: {errors}\nhidden: {page.evaluate('document.hidden')}\nlast asked for: {asked[-5:]}\n"
+                   f"the page: {page.locator('body').inner_text()[:3000]}")
+        raise
+    finally:
+        page.close()
+
+
+@contextmanager
+def visit(browser, services, width: int = 1280, scheme: str = "light"):
+    "A visitor's page. Whatever it asks of another machine, and every error in its console, fails the test."
+    with opened(browser, services, viewport={"width": width, "height": 900}, color_scheme=scheme) as (
+            page, asked, errors):
+        page.wait_for_selector(".status span:nth-child(2)")
         yield page
         own = f"127.0.0.1:{services.ports['dashboard']}/"
         foreign = [u for u in asked if not u.startswith((f"http://{own}", f"ws://{own}", "data:", "about:", "blob:"))]
         assert len(asked) > 10 and foreign == [] and errors == []
         assert [u for u in asked if u.endswith(".voila.js")] == []  # they come in one file, and MathJax not at all
-    finally:
-        page.close()
 
 
 def tab(page, name: str) -> None:
@@ -451,6 +464,25 @@ def test_every_tab_fits_and_every_control_has_a_name(services, browser, width, s
                            ["rgb(245, 247, 249)", "rgb(23, 33, 46)"])
 
 
+@pytest.mark.parametrize("mended", [True, False])
+def test_a_model_that_comes_as_the_time_is_up_is_found(browser, mended):
+    "The widgets' own script looks for two seconds; what comes in the last moment, from a busy browser, it misses."
+    files = pieces()
+    script = bundle(files) if mended else "".join(f.read_text() for f in files)
+    look = re.search(r"async get_model\(\w+\)\{.{1,500}?\}(?=has_model\()", script)
+    page = browser.new_page()
+    found = page.evaluate("""source => {
+        const manager = eval(`({_models: {}, ${source}})`);
+        setTimeout(() => {
+            for (const end = Date.now() + 400; Date.now() < end;);
+            manager._models.late = "here";
+        }, 1850);
+        return manager.get_model("late").catch(String);
+    }""", look[0])
+    page.close()
+    assert found == ("here" if mended else "Error: widget model not found")
+
+
 # ── away and back ─────────────────────────────────────────────────────────────────────────────────────────────────────
 
 def test_api_killed_and_back(services, browser):
@@ -470,32 +502,26 @@ def test_api_killed_and_back(services, browser):
 
 def test_a_page_whose_kernel_died_says_so(services, browser):
     "It would stand there with a green light, and nothing on it would work."
-    page = browser.new_page()
-    sockets = []
-    page.on("websocket", lambda s: sockets.append(s.url))
-    page.goto(services.page + "/frontend/", timeout=SLOW)
-    page.locator("[data-probability]").wait_for(timeout=SLOW)
-    assert page.locator("#lost").inner_text() == ""
-    kernel = re.search(r"/api/kernels/([\w-]+)/", sockets[-1])[1]
-    for p in psutil.Process(services.running["dashboard"].pid).children(recursive=True):
-        if f"kernel-{kernel}" in " ".join(p.cmdline()):
-            p.kill()
-    page.locator("#lost", has_text="The connection is lost").wait_for(timeout=30_000)
-    assert not page.locator(".status").is_visible()
-    assert page.get_by_role("link", name="Reload the page").is_visible()
-    page.close()
+    with opened(browser, services) as (page, asked, _):
+        page.locator("[data-probability]").wait_for()
+        assert page.locator("#lost").inner_text() == ""
+        kernel = next(m[1] for url in asked if (m := re.match(r"ws:.*/api/kernels/([\w-]+)/", url)))
+        for p in psutil.Process(services.running["dashboard"].pid).children(recursive=True):
+            if f"kernel-{kernel}" in " ".join(p.cmdline()):
+                p.kill()
+        page.locator("#lost", has_text="The connection is lost").wait_for(timeout=30_000)
+        assert not page.locator(".status").is_visible()
+        assert page.get_by_role("link", name="Reload the page").is_visible()
 
 
 @pytest.mark.full
 def test_a_page_whose_service_died_says_so(services, browser):
-    page = browser.new_page()
-    page.goto(services.page + "/frontend/", timeout=SLOW)
-    page.locator("[data-probability]").wait_for(timeout=SLOW)
-    services.kill("dashboard")
-    page.locator("#lost", has_text="The connection is lost").wait_for(timeout=30_000)
-    services.start("dashboard")
-    wait_for(lambda: there(f"{services.page}/frontend/voila/static/voila.js"), 90, "the dashboard")
-    page.close()
+    with opened(browser, services) as (page, _, _):
+        page.locator("[data-probability]").wait_for()
+        services.kill("dashboard")
+        page.locator("#lost", has_text="The connection is lost").wait_for(timeout=30_000)
+        services.start("dashboard")
+        wait_for(lambda: there(f"{services.page}/frontend/voila/static/voila.js"), 90, "the dashboard")
 
 
 @pytest.mark.full
