@@ -166,7 +166,7 @@ def test_a_worker_that_still_looks_around_ends_at_once(tmp_path):
             mute.settimeout(60)
             call, _ = mute.accept()
             with call:
-                assert worker.stop() < 15 and worker.process.returncode == 0
+                assert worker.stop() < 2 and worker.process.returncode == 0
             said = worker.file.read_text()
             assert "worker stopped by SIGTERM" in said and "waiting" not in said, "the call was waited for"
 
