@@ -1520,6 +1520,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                        'income_mlops.sketches.rates': ('sketches.html#rates', 'income_mlops/sketches.py'),
                                        'income_mlops.sketches.square': ('sketches.html#square', 'income_mlops/sketches.py')},
             'income_mlops.store': { 'income_mlops.store.file_of': ('store.html#file_of', 'income_mlops/store.py'),
+                                    'income_mlops.store.is_absent': ('store.html#is_absent', 'income_mlops/store.py'),
                                     'income_mlops.store.make_store': ('store.html#make_store', 'income_mlops/store.py')},
             'income_mlops.supervisor': { 'income_mlops.supervisor._dashboard': ('supervisor.html#_dashboard', 'income_mlops/supervisor.py'),
                                          'income_mlops.supervisor._environment': ( 'supervisor.html#_environment',

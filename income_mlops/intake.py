@@ -27,7 +27,7 @@ from .forms import BadForm, Early, save_file
 from .jobs import Job, Queue
 from .serving import Part, Writer
 from .settings import Settings
-from .store import file_of
+from .store import is_absent
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -215,7 +215,7 @@ def _job_routes(app: FastAPI, intake: Intake) -> None:
 def _analysis(settings: Settings, run: str, artifact: str) -> tuple[Any, str]:
     "The run of an analysis, the latest if none is named, and one of its artifacts."
     nothing = HTTPException(404, "nothing has been analysed yet")
-    if (store := file_of(settings)) and not store.is_file():  # asking would create it
+    if is_absent(settings):
         raise nothing
     with registry.asking(settings) as client, tempfile.TemporaryDirectory() as d:
         experiment = client.get_experiment_by_name(settings.mlflow.experiment_name)

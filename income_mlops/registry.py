@@ -22,7 +22,7 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict
 
 from .settings import Settings
-from .store import file_of
+from .store import is_absent
 
 # %% ../nbs/30_registry.ipynb #95b98716
 class RegistryError(RuntimeError):
@@ -100,8 +100,7 @@ def aliases(
     settings: Settings,
 ) -> dict[str, dict[str, int]]:
     "Aliases and their versions by registered model of this experiment: one call, cheap enough for every second."
-    file = file_of(settings)
-    if file and not file.is_file():  # asking would create it
+    if is_absent(settings):
         return {}
     prefix = registered_name(settings, "")
     with asking(settings) as client:
